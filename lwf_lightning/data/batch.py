@@ -1,0 +1,85 @@
+"""Texts as token ids, and how they become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (the convention of torch and transformers)."""
+
+Batch: TypeAlias = dict[str, Tensor]
+"""``input_ids``, ``attention_mask`` and ``labels``, each an int64 tensor of shape (texts, tokens)."""
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One text ready for a causal LM.
+
+    Attributes:
+        input_ids: Token ids of prompt and answer, unpadded.
+        labels: As long as ``input_ids``: the token id where the token belongs to the answer,
+            ``IGNORE_INDEX`` elsewhere. Not shifted: position t is predicted from position t - 1.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def collate(texts: Sequence[EncodedText], pad_token_id: int) -> Batch:
+    """Pads texts on the right into one batch.
+
+    Padding is masked by position, never by id, so a pad token that equals the end-of-text token
+    costs no label.
+
+    Args:
+        texts: At least one text.
+        pad_token_id: Id written into the padding; it never carries a label.
+
+    Returns:
+        A batch of shape (texts, longest text).
+
+    Raises:
+        ValueError: If ``texts`` is empty.
+
+    Example:
+        >>> short = EncodedText((5, 6), (-100, 6))
+        >>> longer = EncodedText((5, 6, 7), (-100, 6, 7))
+        >>> collate([short, longer], pad_token_id=0)["input_ids"].tolist()
+        [[5, 6, 0], [5, 6, 7]]
+    """
+    if not texts:
+        raise ValueError("cannot collate an empty list of texts")
+    width = max(len(text) for text in texts)
+    input_ids = torch.full((len(texts), width), pad_token_id, dtype=torch.int64)
+    labels = torch.full((len(texts), width), IGNORE_INDEX, dtype=torch.int64)
+    attention_mask = torch.zeros((len(texts), width), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        input_ids[row, : len(text)] = torch.tensor(text.input_ids)
+        labels[row, : len(text)] = torch.tensor(text.labels)
+        attention_mask[row, : len(text)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def batches_of(texts: Sequence[EncodedText], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
+    """Cuts texts into consecutive batches, in order; the last may be smaller.
+
+    Args:
+        texts: Texts in the order in which results are wanted.
+        batch_size: Texts per batch, at least 1.
+        pad_token_id: See :func:`collate`.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for start in range(0, len(texts), batch_size):
+        yield collate(texts[start : start + batch_size], pad_token_id)

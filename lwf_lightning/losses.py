@@ -1,0 +1,117 @@
+"""The loss of each text of a batch: the quantity that is learned, unlearned and scored."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lwf_lightning.data.batch import IGNORE_INDEX, Batch
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """The predictions of a batch at its labelled positions, and nothing else.
+
+    Attributes:
+        logits: Shape (labelled tokens, vocabulary), in the order of text, then position.
+        targets: Shape (labelled tokens,): the token id that each row should predict.
+        text: Shape (labelled tokens,): which text of the batch each row belongs to.
+        texts: How many texts the batch holds.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    text: Tensor
+    texts: int
+
+    def per_text(self, token_values: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Adds or averages one value per labelled token into one per text, shape (texts,).
+
+        A text without a label gets 0.
+        """
+        total = token_values.new_zeros(self.texts).index_add(0, self.text, token_values)
+        if reduction == "sum":
+            return total
+        return total / self.tokens_per_text().clamp(min=1).to(total.dtype)
+
+    def tokens_per_text(self) -> Tensor:
+        """Number of labelled tokens of each text, shape (texts,), int64."""
+        return torch.bincount(self.text, minlength=self.texts)
+
+    def token_losses(self) -> Tensor:
+        """Cross-entropy of each labelled token in nats, shape (labelled tokens,), float32 or wider."""
+        logits = self.logits.float() if self.logits.dtype.itemsize < 4 else self.logits
+        return functional.cross_entropy(logits, self.targets, reduction="none")
+
+
+@lru_cache(maxsize=64)
+def _keeps_logits(model_class: type[nn.Module]) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+
+
+def _accepts_logits_to_keep(model: nn.Module) -> bool:
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # a PEFT wrapper forwards keyword arguments as they are
+        inner = inner.get_base_model()
+    return _keeps_logits(type(inner))
+
+
+def labelled_tokens(model: nn.Module, batch: Batch) -> LabelledTokens:
+    """Runs the model and keeps the logits of the labelled positions.
+
+    The head is evaluated only at positions that some text of the batch needs, where the
+    architecture allows it (``logits_to_keep``).
+
+    Args:
+        model: Any ``transformers`` causal LM.
+        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens).
+
+    Raises:
+        ValueError: If no position of the batch carries a label.
+    """
+    labels = batch["labels"]
+    shifted = labels[:, 1:]  # position t is predicted from t - 1; the first token never is
+    wanted = shifted != IGNORE_INDEX
+    columns = wanted.any(dim=0).nonzero().squeeze(1)
+    if columns.numel() == 0:
+        raise ValueError("the batch has no labelled token: every label is -100, so it has no loss")
+    inputs: dict[str, Any] = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "use_cache": False,
+    }
+    if _accepts_logits_to_keep(model):
+        logits = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, columns]
+    text, column = wanted[:, columns].nonzero(as_tuple=True)
+    return LabelledTokens(
+        logits=logits[text, column],
+        targets=shifted[:, columns][text, column],
+        text=text,
+        texts=labels.shape[0],
+    )
+
+
+def per_text_loss(model: nn.Module, batch: Batch, *, reduction: Reduction = "mean") -> Tensor:
+    """Negative log-likelihood of each text's labelled tokens under the model.
+
+    Args:
+        model: Any ``transformers`` causal LM.
+        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens).
+        reduction: ``mean`` or ``sum`` over the labelled tokens of a text.
+
+    Returns:
+        Shape (texts,), nats (per token with ``mean``), at least 0, lower is better. A text
+        without a label gets 0.
+    """
+    tokens = labelled_tokens(model, batch)
+    return tokens.per_text(tokens.token_losses(), reduction)
