@@ -1,0 +1,387 @@
+"""FisherCallback: decides when the Fisher information is estimated and what is to be forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lwf_lightning.data.batch import Batch, batches_of, collate
+from lwf_lightning.data.sampler import batch_indices
+from lwf_lightning.forgetting.anchor import probe_anchor
+from lwf_lightning.forgetting.confidence import ForgettingConfidence, forgetting_confidence
+from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
+from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
+from lwf_lightning.forgetting.select import (
+    SelectionStrategy,
+    check_forgetting_rate,
+    select_forget_set,
+)
+from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
+from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
+from lwf_lightning.losses import Reduction
+from lwf_lightning.module import LWFModule
+
+Anchor: TypeAlias = Literal["probe", "online"]
+
+
+class FisherCallback(L.Callback):
+    """Estimates the Fisher information, scores the self-knowledge and selects the forget set.
+
+    A refresh happens before the learning step for which :meth:`should_refresh` says so; override
+    that method for another timing. With an :class:`~lwf_lightning.LWFModule` and its datamodule
+    everything is found by itself. In another project give ``learning_batches`` and
+    ``forget_batches``; the LightningModule holds its language model as ``model`` and may have a
+    method ``per_text_loss(batch)`` of shape (texts,); then read ``forget_set`` after a refresh.
+
+    Args:
+        anchor: Where theta*_L, the weights that solve the learning task, come from. ``probe``: a
+            short plain fine-tuning before the first learning step (the paper's two-stage
+            reading). ``online``: the current weights at each refresh (ours); nothing is
+            unlearned before the first one.
+        refresh_interval: Learning steps between refreshes. Needed with ``online``; a probe does
+            not change, so with ``probe`` there is one refresh at the start and no interval.
+        estimator: ``empirical`` Fisher takes the gold answers, ``true`` samples answers from the
+            model.
+        fisher_texts: Texts of the learning task behind the Fisher estimate, at least 1.
+        reduction: Whether a text's loss is the mean or the sum over its answer tokens.
+        alpha: Step size of the text's own gradient step (alpha of the paper); None chooses it
+            from the scores' spread, see :func:`~lwf_lightning.forgetting.automatic_alpha`.
+        strategy: Which texts to forget; see :func:`~lwf_lightning.forgetting.select_forget_set`.
+        forgetting_rate: Share of the self-knowledge to forget, in (0, 1].
+        threshold: Lowest confidence to forget, for strategy ``threshold``.
+        probe_steps: Steps of the probe, at least 1.
+        probe_learning_rate: Its peak learning rate; None takes the module's ``learning_rate``.
+        probe_batch_size: Texts per step of the probe.
+        batch_size: Texts per backward pass of Fisher and scoring; changes memory and speed only.
+        save_tensors: Whether Fisher and anchor are written to ``fisher.safetensors`` in the run
+            folder at each refresh, 8 bytes per trainable parameter.
+        seed: Seed of the texts behind Fisher and probe, of ``true`` and of ``random``.
+        learning_batches: Batches of the learning task, in another project.
+        forget_batches: Batches of self-knowledge to score, in another project.
+
+    Attributes:
+        scores: Alignment, sensitivity and confidence of the last refresh, one value per text.
+        forget_set: Indices of the texts to forget, highest confidence first.
+        refreshed_at: The learning step before which the last refresh took place.
+        tensors_file: Where the last Fisher and anchor lie, if they were saved.
+
+    Raises:
+        ValueError: If a value is out of range or two do not fit together.
+    """
+
+    chooses_forget_set = True
+
+    def __init__(
+        self,
+        anchor: Anchor = "probe",
+        refresh_interval: int | None = None,
+        *,
+        estimator: FisherEstimator = "empirical",
+        fisher_texts: int = 256,
+        reduction: Reduction = "mean",
+        alpha: float | None = None,
+        strategy: SelectionStrategy = "highest",
+        forgetting_rate: float = 0.25,
+        threshold: float | None = None,
+        probe_steps: int = 64,
+        probe_learning_rate: float | None = None,
+        probe_batch_size: int = 16,
+        batch_size: int = 8,
+        save_tensors: bool = True,
+        seed: int = 0,
+        learning_batches: Sequence[Batch] | None = None,
+        forget_batches: Sequence[Batch] | None = None,
+    ) -> None:
+        if anchor == "online" and refresh_interval is None:
+            raise ValueError("anchor 'online' needs a refresh_interval, in learning steps")
+        if anchor == "probe" and refresh_interval is not None:
+            raise ValueError(
+                "anchor 'probe' is found once, before the first learning step: leave out "
+                "refresh_interval, or set anchor to 'online'"
+            )
+        counts = {
+            "refresh_interval": refresh_interval if refresh_interval is not None else 1,
+            "fisher_texts": fisher_texts,
+            "probe_steps": probe_steps,
+            "probe_batch_size": probe_batch_size,
+            "batch_size": batch_size,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {alpha}")
+        check_forgetting_rate(forgetting_rate)
+        if (threshold is None) == (strategy == "threshold"):
+            raise ValueError("give `threshold` with strategy 'threshold', and only with it")
+        self.anchor = anchor
+        self.refresh_interval = refresh_interval
+        self.estimator = estimator
+        self.fisher_texts = fisher_texts
+        self.reduction = reduction
+        self.alpha = alpha
+        self.strategy = strategy
+        self.forgetting_rate = forgetting_rate
+        self.threshold = threshold
+        self.probe_steps = probe_steps
+        self.probe_learning_rate = probe_learning_rate
+        self.probe_batch_size = probe_batch_size
+        self.batch_size = batch_size
+        self.save_tensors = save_tensors
+        self.seed = seed
+        self.learning_batches = learning_batches
+        self.forget_batches = forget_batches
+
+        self.scores: ForgettingConfidence | None = None
+        self.forget_set: list[int] | None = None
+        self.refreshed_at = -1
+        self.tensors_file: str | None = None
+        self._base_weights: dict[str, Tensor] | None = None
+
+    def should_refresh(self, step: int) -> bool:
+        """Whether to refresh before a learning step; override it for another timing.
+
+        Args:
+            step: Learning steps done so far.
+        """
+        if self.refresh_interval is None:
+            return self.refreshed_at < 0
+        return step > 0 and step % self.refresh_interval == 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keeps the base weights of another project's module, before a checkpoint is restored."""
+        if stage == "fit" and not isinstance(pl_module, LWFModule):
+            if not isinstance(getattr(pl_module, "model", None), torch.nn.Module):
+                raise TypeError(
+                    f"{type(pl_module).__name__} must hold its language model as `model` before "
+                    "FisherCallback is set up"
+                )
+            self._base_weights = copy_weights(pl_module.model)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Checks timing and data, and says how much memory Fisher and anchor will take."""
+        if _is_plain(pl_module):
+            return
+        if isinstance(pl_module, LWFModule):
+            if pl_module.schedule.starts_ahead and not self.should_refresh(0) and not self.scores:
+                raise ValueError(
+                    f"schedule {pl_module.schedule.kind!r} unlearns before the first learning "
+                    f"step, but anchor {self.anchor!r} chooses nothing until step "
+                    f"{self.refresh_interval}: take anchor 'probe' or schedule 'periodic'"
+                )
+        elif self.learning_batches is None or self.forget_batches is None:
+            raise ValueError(
+                "FisherCallback needs `learning_batches` and `forget_batches` with a "
+                f"{type(pl_module).__name__}"
+            )
+        parameters = trainable_parameters(pl_module.model).values()  # type: ignore[arg-type]
+        count = sum(parameter.numel() for parameter in parameters)
+        fisher = 4 * count
+        anchor = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        rank_zero_info(
+            f"FisherCallback: {count:,} trainable parameters; a refresh holds the Fisher "
+            f"({_size(fisher)}) and the anchor ({_size(anchor)}) in memory"
+            + (f", and writes {_size(fisher + anchor)} to disk" if self.save_tensors else "")
+        )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Refreshes if it is time."""
+        step = trainer.global_step
+        if _is_plain(pl_module) or step == self.refreshed_at or not self.should_refresh(step):
+            return
+        self.refresh(trainer, pl_module)
+
+    def refresh(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Estimates Fisher and anchor, scores the self-knowledge and selects the forget set."""
+        model: torch.nn.Module = pl_module.model  # type: ignore[assignment]
+        base = pl_module.base_weights if isinstance(pl_module, LWFModule) else self._base_weights
+        if base is None:
+            raise ValueError("the base weights are missing: refresh only within Trainer.fit")
+        for name, parameter in trainable_parameters(model).items():
+            base[name] = base[name].to(parameter)
+        foreign_loss = getattr(pl_module, "per_text_loss", None)
+        text_loss = None if foreign_loss is None else lambda _, batch: foreign_loss(batch)
+        fisher_options: dict[str, Any] = {
+            "estimator": self.estimator,
+            "reduction": self.reduction,
+            "seed": self.seed,
+            "text_loss": text_loss,
+            "progress": True,
+        }
+        learning = self._learning_batches(trainer)
+        with trainer.precision_plugin.forward_context():
+            if self.anchor == "probe":
+                with exchanged_weights(model, base):
+                    anchor = self._probe(trainer, pl_module, model)
+                with exchanged_weights(model, anchor):
+                    fisher = diagonal_fisher(model, learning, **fisher_options)
+            else:
+                fisher = diagonal_fisher(model, learning, **fisher_options)
+            with exchanged_weights(model, base) as current:
+                self.scores = forgetting_confidence(
+                    model,
+                    self._forget_batches(trainer),
+                    fisher=fisher,
+                    anchor=anchor if self.anchor == "probe" else current,
+                    alpha=self.alpha,
+                    reduction=self.reduction,
+                    text_loss=text_loss,
+                    progress=True,
+                )
+                if self.save_tensors:
+                    self._save(trainer, fisher, anchor if self.anchor == "probe" else current)
+        self.forget_set = select_forget_set(
+            self.scores.confidence,
+            strategy=self.strategy,
+            forgetting_rate=self.forgetting_rate,
+            threshold=self.threshold,
+            seed=self.seed,
+        ).tolist()
+        self.refreshed_at = trainer.global_step
+        if isinstance(pl_module, LWFModule):
+            trainer.datamodule.set_forget_set(self.forget_set)  # type: ignore[attr-defined]
+        self._log(trainer)
+
+    def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Reads Fisher and anchor of the last refresh back from disk.
+
+        Returns:
+            Two mappings from parameter name to tensor: the Fisher and the anchor.
+
+        Raises:
+            ValueError: If none were saved or the file is damaged.
+        """
+        if self.tensors_file is None:
+            raise ValueError("no Fisher was saved: there was no refresh, or save_tensors is off")
+        tensors = load_tensors(self.tensors_file)
+        kinds: dict[str, dict[str, Tensor]] = {"fisher": {}, "anchor": {}}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            kinds[kind][name] = tensor
+        return kinds["fisher"], kinds["anchor"]
+
+    def _probe(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, model: torch.nn.Module
+    ) -> dict[str, Tensor]:
+        rate = self.probe_learning_rate
+        if rate is None:
+            rate = getattr(pl_module, "learning_rate", None) or pl_module.hparams.get("learning_rate")
+        if rate is None:
+            raise ValueError("give FisherCallback a probe_learning_rate")
+        if self.learning_batches is not None:
+            given = self.learning_batches
+            batches = [given[step % len(given)] for step in range(self.probe_steps)]
+        else:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            texts, size = data.learning_encoded, self.probe_batch_size
+            chosen = (
+                batch_indices(len(texts), size, self.seed, step) for step in range(self.probe_steps)
+            )
+            batches = [collate([texts[i] for i in rows], data.pad_token_id) for rows in chosen]
+        return probe_anchor(model, batches, learning_rate=rate, progress=True)
+
+    def _learning_batches(self, trainer: L.Trainer) -> Sequence[Batch]:
+        if self.learning_batches is not None:
+            return self.learning_batches
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        texts = data.learning_encoded
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(len(texts), generator=generator)[: self.fisher_texts].tolist()
+        return list(batches_of([texts[i] for i in chosen], self.batch_size, data.pad_token_id))
+
+    def _forget_batches(self, trainer: L.Trainer) -> Sequence[Batch]:
+        if self.forget_batches is not None:
+            return self.forget_batches
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        texts = [text.encoded() for text in data.self_knowledge.texts]
+        return list(batches_of(texts, self.batch_size, data.pad_token_id))
+
+    def _save(
+        self, trainer: L.Trainer, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+    ) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        file = folder / "fisher.safetensors"
+        parts = {"fisher": fisher, "anchor": anchor}
+        save_tensors(
+            file, {f"{kind}/{name}": t for kind, part in parts.items() for name, t in part.items()}
+        )
+        self.tensors_file = str(file)
+
+    def _log(self, trainer: L.Trainer) -> None:
+        if self.scores is None or self.forget_set is None:
+            return
+        step, confidence = trainer.global_step, self.scores.confidence
+        figures = {
+            "forget/texts": float(len(confidence)),
+            "forget/texts_selected": float(len(self.forget_set)),
+            "forget/alpha": self.scores.alpha,
+            "forget/confidence_mean": float(confidence.mean()),
+            "forget/confidence_highest": float(confidence.max()),
+            "forget/confidence_lowest": float(confidence.min()),
+        }
+        knowledge = getattr(getattr(trainer, "datamodule", None), "self_knowledge", None)
+        rows = list(score_rows(knowledge.texts, self.scores, self.forget_set)) if knowledge else []
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_histogram("forget/confidence", confidence, step)
+                if rows:
+                    logger.experiment.add_text("forget/texts", markdown_table(rows), step)
+        if rows and trainer.log_dir is not None:
+            write_jsonl(Path(trainer.log_dir) / "scores" / f"step-{step:06d}.jsonl", rows)
+        rank_zero_info(
+            f"FisherCallback: step {step}: {len(self.forget_set)} of {len(confidence)} texts "
+            f"chosen to be forgotten (alpha {self.scores.alpha:.3g})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives and small tensors; Fisher and anchor stay in their own file."""
+        scores = self.scores
+        return {
+            "scores": None
+            if scores is None
+            else {
+                "alignment": scores.alignment.cpu(),
+                "sensitivity": scores.sensitivity.cpu(),
+                "alpha": scores.alpha,
+                "constant": scores.constant,
+            },
+            "forget_set": self.forget_set,
+            "refreshed_at": self.refreshed_at,
+            "tensors_file": self.tensors_file,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state back; a Fisher file that is gone is only needed to be looked at."""
+        scores = state_dict["scores"]
+        self.scores = None if scores is None else ForgettingConfidence(**scores)
+        self.forget_set = state_dict["forget_set"]
+        self.refreshed_at = state_dict["refreshed_at"]
+        self.tensors_file = state_dict["tensors_file"]
+        if self.tensors_file is not None and not Path(self.tensors_file).exists():
+            rank_zero_warn(
+                f"{self.tensors_file} is gone: the run goes on with its scores, but the Fisher "
+                "of the last refresh cannot be looked at"
+            )
+            self.tensors_file = None
+
+
+def _is_plain(pl_module: L.LightningModule) -> bool:
+    return isinstance(pl_module, LWFModule) and not pl_module.schedule.unlearns
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"

@@ -1,0 +1,199 @@
+"""Batched greedy generation: the same answers for any batch size."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off; afterwards every submodule is in the mode it was in before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def unwrapped(model: Any) -> Any:
+    """The ``transformers`` model itself, LoRA layers in place, where PEFT wraps one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All ids that end a text, sorted: the generation config's and the tokenizer's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    return tuple(sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None}))
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str] = (),
+    progress: bool = False,
+    description: str = "Generating",
+) -> list[tuple[int, ...]]:
+    """Continues every prompt with the most probable token at each step.
+
+    Prompts of similar length share a batch, padded on the left and masked by position. Sampling,
+    penalties and beams of the model's own generation config are left aside; only its
+    end-of-text ids count. Each answer is the one the prompt would get alone, up to ties within
+    rounding.
+
+    Args:
+        model: A ``transformers`` causal LM, with or without a LoRA adapter. It generates in
+            evaluation mode and is given back in the mode it was in.
+        tokenizer: The model's tokenizer; it needs no pad token.
+        prompt_ids: Token ids of each prompt, unpadded, at least one each.
+        max_new_tokens: Upper limit of an answer's length in tokens.
+        batch_size: Prompts generated together.
+        stop: An answer ends before the first of these strings to appear in its decoded text.
+        progress: Whether to show a progress bar, one step per prompt.
+        description: What the bar says.
+
+    Returns:
+        The newly generated ids of each prompt, in the order of the prompts. The end-of-text id is
+        kept if it was generated; nothing of a stop string is.
+
+    Raises:
+        ValueError: If a prompt or a stop string is empty, or a number is below 1.
+    """
+    _check(prompt_ids, max_new_tokens, batch_size, stop)
+    base = unwrapped(model)
+    eos_ids = eos_token_ids(base, tokenizer)
+    device = next(model.parameters()).device
+    answers: list[tuple[int, ...]] = [()] * len(prompt_ids)
+    longest_first = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
+    bar = tqdm(total=len(prompt_ids), desc=description, unit="prompt", disable=not progress)
+    with bar, evaluation_mode(model), _greedy(base, tokenizer, eos_ids, max_new_tokens) as config:
+        for start in range(0, len(longest_first), batch_size):
+            rows = longest_first[start : start + batch_size]
+            inputs = _pad_left([prompt_ids[row] for row in rows], config.pad_token_id)
+            width = inputs["input_ids"].shape[1]
+            generated = base.generate(
+                **{name: value.to(device) for name, value in inputs.items()},
+                generation_config=config,
+                stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else [],
+            )
+            for row, ids in zip(rows, generated[:, width:].tolist(), strict=True):
+                answers[row] = _cut(ids, tokenizer, eos_ids, stop)
+            bar.update(len(rows))
+    return answers
+
+
+def _check(
+    prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, stop: Sequence[str]
+) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop must be a list of strings, none of them empty; got {stop!r}")
+    for row, ids in enumerate(prompt_ids):
+        if not len(ids):
+            raise ValueError(f"prompt {row} has no tokens: there is nothing to continue")
+
+
+@contextmanager
+def _greedy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...], max_new_tokens: int
+) -> Iterator[Any]:
+    """Puts a plain greedy configuration in the place of the model's own.
+
+    Handing it to ``generate`` alone is not enough: whatever it leaves unset is filled in from the
+    model's own configuration.
+    """
+    from transformers import GenerationConfig
+
+    new_config: Any = GenerationConfig  # its constructor is untyped
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:  # the padding is masked, so any id will do
+        pad_id = eos_ids[0] if eos_ids else 0
+    plain = new_config(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=list(eos_ids) or None,
+        pad_token_id=pad_id,
+    )
+    own, model.generation_config = model.generation_config, plain
+    try:
+        yield plain
+    finally:
+        model.generation_config = own
+
+
+def _pad_left(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    width = max(len(ids) for ids in prompt_ids)
+    input_ids = torch.full((len(prompt_ids), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(prompt_ids), width), dtype=torch.int64)
+    for row, ids in enumerate(prompt_ids):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class _StopStrings:
+    """Stopping criterion: a row is done once the end of its new text holds a stop string.
+
+    It only saves time; :func:`_cut` alone decides where an answer ends. A string of n bytes spans
+    at most n tokens, so a short tail is decoded at each step.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_width: int
+    ) -> None:
+        self.tokenizer, self.stop, self.prompt_width = tokenizer, stop, prompt_width
+        self.tail = max(len(string.encode()) for string in stop) + 1
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        tails = input_ids[:, self.prompt_width :][:, -self.tail :].tolist()
+        done = [_holds(_decode(self.tokenizer, tail), self.stop) for tail in tails]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    # Special tokens stay visible: a stop string may be one.
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _holds(text: str, stop: Sequence[str]) -> bool:
+    return any(string in text for string in stop)
+
+
+def _cut(
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    stop: Sequence[str],
+) -> tuple[int, ...]:
+    """The ids up to and with the first end-of-text id, and without any part of a stop string."""
+    end = next((place + 1 for place, token in enumerate(ids) if token in eos_ids), len(ids))
+    ids = tuple(ids[:end])
+    if not _holds(_decode(tokenizer, ids), stop):
+        return ids
+    sizes = range(len(ids) + 1)
+    # The shortest prefix that holds a stop string: text after it depends on the batch.
+    size = bisect_left(sizes, True, key=lambda n: _holds(_decode(tokenizer, ids[:n]), stop))
+    text = _decode(tokenizer, ids[:size])
+    place = min(text.find(string) for string in stop if string in text)
+    longer = bisect_left(sizes, True, key=lambda n: len(_decode(tokenizer, ids[:n])) > place)
+    return ids[: longer - 1]

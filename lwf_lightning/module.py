@@ -1,0 +1,360 @@
+"""LWFModule: holds the language model and takes one learning or unlearning step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from lwf_lightning.data.batch import Batch
+from lwf_lightning.errors import NonFiniteLossError
+from lwf_lightning.evaluation import EvaluationMixin
+from lwf_lightning.forgetting.schedule import ScheduleKind, UnlearningSchedule
+from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
+from lwf_lightning.losses import labelled_tokens, per_text_loss
+from lwf_lightning.models import load_model, load_tokenizer
+from lwf_lightning.objectives import ObjectiveName, build_objective
+from lwf_lightning.optimization import (
+    LearningRateSchedule,
+    build_adamw,
+    build_learning_rate_schedule,
+    labelled_token_count,
+    micro_batches,
+)
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lwf_lightning.datamodule import LWFDataModule
+
+
+class LWFModule(EvaluationMixin, L.LightningModule):
+    """Fine-tunes a causal LM on the learning task and unlearns the forget set in between.
+
+    Optimization is manual: each training batch is one learning step, before which the schedule
+    may ask for unlearning steps. ``global_step``, ``max_steps``, checkpoints and curves count
+    learning steps only, with forgetting on or off. With ``schedule="never"`` the run *is* plain
+    fine-tuning.
+
+    Args:
+        model_name: Hub name, local folder, or ``smollm2-135m``, ``world-base``, ``world-twin``.
+        dtype: Type of the weights.
+        attention: Attention kernel (``attn_implementation`` of transformers).
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        lora: Train low-rank adapters instead of all weights.
+        trust_remote_code: Run code that comes with a Hub model. Off unless you trust it.
+        learning_rate: Peak learning rate of AdamW for learning steps.
+        weight_decay: Weight decay of learning steps, on matrices only.
+        betas: AdamW's decay rates, for learning and unlearning.
+        learning_rate_schedule: After the warm-up: constant, or to zero, linearly or by a cosine.
+        warmup_ratio: Share of the learning steps over which the learning rate rises.
+        max_grad_norm: The learning gradient is clipped to this norm; above 0.
+        micro_batch_size: Texts per forward pass; a step's batch is cut into parts of this size,
+            whose gradients add up to the same step. None: the batch is one part.
+        schedule: When to unlearn; see :class:`~lwf_lightning.forgetting.UnlearningSchedule`.
+        unlearning_interval: Learning steps between two unlearning steps (N_u of the paper).
+        ahead_steps: Unlearning steps before the first learning step, for ``ahead`` and
+            ``front_loaded``.
+        objective: What an unlearning step minimizes; ``replay`` is the control that rehearses
+            the forget set instead.
+        objective_options: Options of the objective, such as ``{"beta": 0.1}`` for ``npo``.
+        unlearning_scale: Learning rate of unlearning steps as a multiple of ``learning_rate``
+            (the ascent weight; AdamW would cancel a factor on the loss). It is not scheduled.
+        unlearning_max_grad_norm: The unlearning gradient is clipped to this norm; above 0.
+        unlearning_ceiling: A text whose mean negative log-likelihood (nats per token) has
+            reached this is not pushed further.
+        without_scores: What to do if no FisherCallback chooses the forget set: ``refuse`` to
+            start, or unlearn all (``use_all``) self-knowledge.
+        max_skipped_steps: A step whose gradient is NaN or infinite is skipped and counted; one
+            more than this many in a run stop it.
+        seed: Seed of the ``random`` schedule.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    model: PreTrainedModel
+    base_weights: dict[str, Tensor] | None = None
+    """The trainable weights before the run (theta_base); kept only if the run unlearns."""
+
+    def __init__(
+        self,
+        model_name: str = "smollm2-135m",
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attention: str | None = None,
+        gradient_checkpointing: bool = False,
+        lora: LoraConfig | None = None,
+        trust_remote_code: bool = False,
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        learning_rate_schedule: LearningRateSchedule = "cosine",
+        warmup_ratio: float = 0.01,
+        max_grad_norm: float = 1.0,
+        micro_batch_size: int | None = None,
+        schedule: ScheduleKind = "periodic",
+        unlearning_interval: int = 8,
+        ahead_steps: int = 20,
+        objective: ObjectiveName = "gradient_ascent",
+        objective_options: dict[str, float] | None = None,
+        unlearning_scale: float = 1.0,
+        unlearning_max_grad_norm: float = 1.0,
+        unlearning_ceiling: float = 5.0,
+        without_scores: Literal["refuse", "use_all"] = "refuse",
+        max_skipped_steps: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if isinstance(lora, Mapping):  # as it comes back from a checkpoint's hyperparameters
+            from peft import LoraConfig
+
+            lora = LoraConfig(**lora)
+        self.lora = lora
+        self.save_hyperparameters(ignore=["lora"])
+        self.hparams["lora"] = None if lora is None else _primitives(lora.to_dict())
+        _check_ranges(self.hparams)
+        self.schedule = UnlearningSchedule(schedule, unlearning_interval, ahead_steps, seed)
+        self.objective = build_objective(objective, objective_options)
+        self.unlearning_steps = 0
+        self.skipped_steps = 0
+        self.phase = "learning"
+        self._unlearned_before = -1  # the learning step whose unlearning steps are done
+        self._random_state: Tensor | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded at the first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                self.hparams["model_name"], trust_remote_code=self.hparams["trust_remote_code"]
+            )
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Loads the model, once."""
+        if hasattr(self, "model"):
+            return
+        if self._trainer is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                f"trainer.devices asks for {self.trainer.world_size} processes; "
+                "LWFModule runs on one process so far: set trainer.devices to 1"
+            )
+        self.model = load_model(
+            self.hparams["model_name"],
+            dtype=self.hparams["dtype"],
+            attention=self.hparams["attention"],
+            gradient_checkpointing=self.hparams["gradient_checkpointing"],
+            lora=self.lora,
+            trust_remote_code=self.hparams["trust_remote_code"],
+        )
+        if self.schedule.unlearns:
+            # Before a checkpoint is restored: these stay the base weights in a resumed run.
+            self.base_weights = copy_weights(self.model)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW for learning with its schedule; if the run unlearns, another for unlearning."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("set trainer.max_steps or trainer.max_epochs: the run has no end")
+        betas: tuple[float, float] = tuple(self.hparams["betas"])
+        learning = build_adamw(
+            self.model.parameters(),
+            learning_rate=self.hparams["learning_rate"],
+            weight_decay=self.hparams["weight_decay"],
+            betas=betas,
+        )
+        schedule = build_learning_rate_schedule(
+            learning,
+            self.hparams["learning_rate_schedule"],
+            learning_steps=int(steps),
+            warmup_ratio=self.hparams["warmup_ratio"],
+        )
+        if not self.schedule.unlearns:
+            return [learning], [schedule]
+        # Its own moments: an ascent step through learning's would pollute both.
+        unlearning = build_adamw(
+            self.model.parameters(),
+            learning_rate=self.hparams["learning_rate"] * self.hparams["unlearning_scale"],
+            weight_decay=0.0,
+            betas=betas,
+        )
+        return [learning, unlearning], [schedule]
+
+    def on_fit_start(self) -> None:
+        """Elicits the self-knowledge from the base weights, unless it is known already."""
+        if not self.schedule.unlearns:
+            return
+        if not hasattr(self._data, "self_knowledge"):
+            raise TypeError(
+                "unlearning needs a datamodule with self-knowledge, such as LWFDataModule; "
+                f"got {type(self._data).__name__}"
+            )
+        if self.base_weights is None:
+            raise ValueError("the base weights are missing: let configure_model load the model")
+        for name, parameter in self.model.named_parameters():
+            if name in self.base_weights:  # the strategy may have moved or cast the model since
+                self.base_weights[name] = self.base_weights[name].to(parameter)
+        if self._data.self_knowledge is None:
+            with exchanged_weights(self.model, self.base_weights):
+                self._data.elicit_self_knowledge(self.model)
+        if self._data.forget_set is None and not self._scorer_is_present():
+            if self.hparams["without_scores"] == "refuse":
+                raise ValueError(
+                    "nothing chooses what to forget: add lwf_lightning.FisherCallback to "
+                    "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
+                    "model.init_args.schedule to never"
+                )
+            self._data.set_forget_set(range(len(self._data.self_knowledge.texts)))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Puts back the random state of a resumed run, so that dropout goes on where it was."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Takes the unlearning steps that are due, then one learning step."""
+        step = self.trainer.global_step
+        self.phase = "learning"
+        if step != self._unlearned_before:
+            for _ in range(self.schedule.steps_before(step)):
+                self._unlearn()
+            self._unlearned_before = step
+        self._learn(batch)
+
+    def _learn(self, batch: Batch) -> None:
+        optimizers = self.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        tokens = labelled_token_count(batch)
+        loss = torch.zeros((), device=self.device)
+        for part in micro_batches(batch, self.hparams["micro_batch_size"]):
+            part_loss = labelled_tokens(self.model, part).token_losses().sum() / tokens
+            self.manual_backward(part_loss)
+            loss += part_loss.detach()
+        norm = clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
+        if self._is_finite(norm, "learning"):
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            cast(Any, self.lr_schedulers()).step()
+            self.log("train/loss", loss, prog_bar=True)
+            self.log_dict({"train/learning_rate": rate, "train/grad_norm": norm})
+        optimizer.zero_grad()
+
+    def _unlearn(self) -> None:
+        batch = self._data.forget_batch(self.unlearning_steps)
+        if batch is None:  # nothing is chosen before the first refresh
+            return
+        self.phase = "unlearning"
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        reference = self._reference(batch) if self.objective.needs_reference else None
+        tokens = labelled_tokens(self.model, batch)
+        losses = self.objective(tokens, reference)
+        nll = tokens.per_text(tokens.token_losses().detach())
+        # Per text, because a batch mean hides the one that has exploded.
+        pushed = nll < self.hparams["unlearning_ceiling"]
+        if not self.objective.ascends:
+            pushed = torch.ones_like(pushed)
+        figures = {
+            "unlearn/loss": losses.detach().mean(),
+            "unlearn/nll": nll.mean(),
+            "unlearn/nll_highest": nll.max(),
+            "unlearn/texts_pushed": pushed.sum(),
+        }
+        if bool(pushed.any()):
+            self.manual_backward(losses.where(pushed, 0.0).sum() / len(losses))
+            limit = self.hparams["unlearning_max_grad_norm"]
+            figures["unlearn/grad_norm"] = clip_grad_norm_(self.model.parameters(), limit)
+            optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
+            if self._is_finite(figures["unlearn/grad_norm"], "unlearning"):
+                optimizer.step()  # the bare optimizer: Lightning's wrapper would count a step
+            optimizer.zero_grad()
+        self.unlearning_steps += 1
+        self._log_unlearning(figures)
+
+    def _reference(self, batch: Batch) -> Tensor:
+        """Summed negative log-likelihood of each text under the base weights, shape (texts,)."""
+        with torch.no_grad(), exchanged_weights(self.model, cast(Any, self.base_weights)):
+            return per_text_loss(self.model, batch, reduction="sum")
+
+    def _is_finite(self, norm: Tensor, kind: str) -> bool:
+        if bool(torch.isfinite(norm)):
+            return True
+        self.skipped_steps += 1
+        self.log("train/skipped_steps", float(self.skipped_steps))
+        limit = self.hparams["max_skipped_steps"]
+        if self.skipped_steps > limit:
+            raise NonFiniteLossError(
+                f"{self.skipped_steps} steps had a NaN or infinite gradient, the last a {kind} "
+                f"step after {self.trainer.global_step} learning steps. Lower "
+                "model.init_args.learning_rate or unlearning_scale and resume from the last "
+                "checkpoint, or allow more with model.init_args.max_skipped_steps"
+            )
+        return False
+
+    def _log_unlearning(self, figures: dict[str, Tensor]) -> None:
+        """Logs at once: Lightning's own rhythm would miss most of these rare steps."""
+        values = {name: float(value) for name, value in figures.items()}
+        values["unlearn/steps"] = float(self.unlearning_steps)
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)
+        self.log("unlearn/loss", values["unlearn/loss"], prog_bar=True, logger=False)
+
+    @property
+    def _data(self) -> LWFDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+    def _scorer_is_present(self) -> bool:
+        from lwf_lightning.callbacks.fisher import FisherCallback
+
+        return any(isinstance(c, FisherCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters and the random state."""
+        checkpoint["lwf"] = {
+            "unlearning_steps": self.unlearning_steps,
+            "unlearned_before": self._unlearned_before,
+            "skipped_steps": self.skipped_steps,
+            "random_state": torch.get_rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the counters and the random state back."""
+        state = checkpoint["lwf"]
+        self.unlearning_steps = state["unlearning_steps"]
+        self._unlearned_before = state["unlearned_before"]
+        self.skipped_steps = state["skipped_steps"]
+        self._random_state = state["random_state"]
+
+
+def _primitives(value: Any) -> Any:
+    """Turns sets and enums into what loads under ``weights_only=True``."""
+    if isinstance(value, Mapping):
+        return {str(key): _primitives(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_primitives(item) for item in (sorted(value) if isinstance(value, set) else value)]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    for name in ("learning_rate", "max_grad_norm", "unlearning_max_grad_norm", "unlearning_scale"):
+        if not values[name] > 0:
+            raise ValueError(f"model.init_args.{name} must be above 0, got {values[name]}")
+    for name in ("weight_decay", "max_skipped_steps"):
+        if not values[name] >= 0:
+            raise ValueError(f"model.init_args.{name} must be at least 0, got {values[name]}")
+    if not 0 <= values["warmup_ratio"] <= 1:
+        raise ValueError(
+            f"model.init_args.warmup_ratio must lie in [0, 1], got {values['warmup_ratio']}"
+        )
+    if values["micro_batch_size"] is not None and values["micro_batch_size"] < 1:
+        raise ValueError(
+            f"model.init_args.micro_batch_size must be at least 1, got {values['micro_batch_size']}"
+        )

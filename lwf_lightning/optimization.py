@@ -1,0 +1,72 @@
+"""Optimizers, the learning-rate schedule, and a batch cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from lwf_lightning.data.batch import IGNORE_INDEX, Batch
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+LearningRateSchedule: TypeAlias = Literal["constant", "linear", "cosine"]
+
+
+def build_adamw(
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> torch.optim.AdamW:
+    """AdamW that decays matrices only; biases and norm weights (one-dimensional) are left alone."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas)
+
+
+def build_learning_rate_schedule(
+    optimizer: torch.optim.Optimizer,
+    kind: LearningRateSchedule,
+    *,
+    learning_steps: int,
+    warmup_ratio: float,
+) -> LRScheduler:
+    """Linear warm-up, then constant, or falling to zero over the learning steps of the run."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if kind == "constant" else kind
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=round(warmup_ratio * learning_steps),
+        num_training_steps=learning_steps,
+    )
+
+
+def micro_batches(batch: Batch, texts: int | None) -> Iterator[Batch]:
+    """Cuts a batch into parts of at most ``texts`` rows, each without needless padding.
+
+    Args:
+        batch: Right-padded, each tensor (texts, tokens).
+        texts: Rows per part; None for the whole batch, as it is.
+    """
+    if texts is None or texts >= len(batch["labels"]):
+        yield batch
+        return
+    for start in range(0, len(batch["labels"]), texts):
+        part = {key: value[start : start + texts] for key, value in batch.items()}
+        width = int(part["attention_mask"].sum(dim=1).max())
+        yield {key: value[:, :width] for key, value in part.items()}
+
+
+def labelled_token_count(batch: Batch) -> int:
+    """Tokens of the batch that carry a loss; the first token of a text never does."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

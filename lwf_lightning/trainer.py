@@ -1,0 +1,147 @@
+"""A Trainer with two more entry points: elicit and score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lwf_lightning.callbacks.fisher import FisherCallback
+from lwf_lightning.datamodule import LWFDataModule
+from lwf_lightning.forgetting.elicit import SelfKnowledge
+from lwf_lightning.forgetting.report import score_rows, write_jsonl
+from lwf_lightning.module import LWFModule
+
+
+class _Elicit(L.Callback):
+    """Stops a fit before its first step, once the self-knowledge is known."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = True
+
+
+class _Score(L.Callback):
+    """Stops a fit before its first step, after one refresh of the FisherCallback."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _fisher_callback(trainer).refresh(trainer, pl_module)
+        trainer.should_stop = True
+
+
+class LWFTrainer(L.Trainer):
+    """Lightning's Trainer; ``elicit`` and ``score`` write what the model knows as JSONL.
+
+    Args:
+        *args: See Lightning's Trainer.
+        logger: True for TensorBoard and a CSV file, side by side in
+            ``<default_root_dir>/version_<n>``; False for none; or loggers of your own.
+        default_root_dir: Folder of this experiment's runs.
+        **kwargs: See Lightning's Trainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        logger: Logger | Iterable[Logger] | bool | None = True,
+        default_root_dir: str | Path = "runs",
+        **kwargs: Any,
+    ) -> None:
+        if logger is None or logger is True:
+            board = TensorBoardLogger(default_root_dir, name="")
+            table = CSVLogger(default_root_dir, name="", version=f"version_{board.version}")
+            logger = [board, table]
+        super().__init__(*args, logger=logger, default_root_dir=default_root_dir, **kwargs)
+
+    def elicit(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str = "self_knowledge.jsonl",
+    ) -> None:
+        """Let the base model answer the forgetting prompts, and write its answers as JSONL.
+
+        Args:
+            model: The module.
+            datamodule: The datamodule.
+            ckpt_path: Not needed: the answers are the base model's.
+            weights_only: Whether a checkpoint may hold tensors and primitives only.
+            output: Path of the JSONL file: task, row, prompt, answer.
+        """
+        knowledge = self._stop_early(_Elicit(), model, datamodule, ckpt_path, weights_only)
+        write_jsonl(
+            output,
+            (
+                {"task": t.task, "row": t.row, "prompt": t.prompt, "answer": t.answer}
+                for t in knowledge.texts
+            ),
+        )
+        print(f"{len(knowledge.texts)} texts ({knowledge.dropped} empty ones dropped): {output}")  # noqa: T201
+
+    def score(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str = "scores.jsonl",
+    ) -> None:
+        """Score the self-knowledge by forgetting confidence, and write it as JSONL.
+
+        Args:
+            model: The module.
+            datamodule: The datamodule.
+            ckpt_path: A checkpoint whose weights are the anchor, with anchor ``online``.
+            weights_only: Whether a checkpoint may hold tensors and primitives only.
+            output: Path of the JSONL file, highest confidence first: task, row, prompt, answer,
+                alignment, sensitivity, confidence, selected.
+        """
+        callback = _fisher_callback(self)
+        callback.save_tensors = False
+        knowledge = self._stop_early(_Score(), model, datamodule, ckpt_path, weights_only)
+        if callback.scores is None or callback.forget_set is None:
+            raise ValueError("nothing was scored")
+        write_jsonl(output, score_rows(knowledge.texts, callback.scores, callback.forget_set))
+        print(  # noqa: T201
+            f"{len(knowledge.texts)} texts scored, {len(callback.forget_set)} selected "
+            f"(alpha {callback.scores.alpha:.3g}): {Path(output)}"
+        )
+
+    def _stop_early(
+        self,
+        stop: L.Callback,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None,
+        ckpt_path: str | None,
+        weights_only: bool | None,
+    ) -> SelfKnowledge:
+        if not isinstance(model, LWFModule) or not isinstance(datamodule, LWFDataModule):
+            raise ValueError("this subcommand needs an LWFModule and an LWFDataModule")
+        if not model.schedule.unlearns:
+            raise ValueError(
+                "model.init_args.schedule is 'never': there is nothing to elicit or to score"
+            )
+        # Nothing is trained or validated, so nothing may be logged or saved either.
+        self.callbacks: list[L.Callback] = [  # type: ignore[attr-defined]
+            *(c for c in self.callbacks if not isinstance(c, Checkpoint)),  # type: ignore[has-type]
+            stop,
+        ]
+        self.loggers = []
+        self.num_sanity_val_steps = 0
+        self.limit_val_batches = 0
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+        if datamodule.self_knowledge is None:
+            raise ValueError("the run stopped before anything was elicited")
+        return datamodule.self_knowledge
+
+
+def _fisher_callback(trainer: L.Trainer) -> FisherCallback:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, FisherCallback):
+            return callback
+    raise ValueError("score needs lwf_lightning.FisherCallback among trainer.callbacks")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lwf_lightning.data.batch import batches_of
+from lwf_lightning.forgetting.anchor import probe_anchor
+from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
+
+
+def test_exchange_swaps_and_swaps_back_without_copying(make_llama: Callable[..., Any]) -> None:
+    model, other = make_llama(seed=0, tied=True), make_llama(seed=1, tied=True)
+    mine, theirs = copy_weights(model), copy_weights(other)
+    expected = {name: tensor.clone() for name, tensor in theirs.items()}
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+
+    with exchanged_weights(model, theirs) as held:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=0)
+            torch.testing.assert_close(held[name], mine[name], rtol=0, atol=0)
+
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == pointers[name]
+        torch.testing.assert_close(theirs[name], expected[name], rtol=0, atol=0)
+
+
+def test_exchange_ends_after_an_exception(make_llama: Callable[..., Any]) -> None:
+    model, theirs = make_llama(seed=0), copy_weights(make_llama(seed=1))
+    before = copy_weights(model)
+    with pytest.raises(RuntimeError, match="on purpose"), exchanged_weights(model, theirs):
+        raise RuntimeError("on purpose")
+    torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)
+
+
+def test_exchange_refuses_what_does_not_fit(make_llama: Callable[..., Any]) -> None:
+    model = make_llama()
+    with (
+        pytest.raises(ValueError, match="do not name the model's trainable parameters"),
+        exchanged_weights(model, {}),
+    ):
+        pass
+    wrong = copy_weights(model)
+    wrong["lm_head.weight"] = wrong["lm_head.weight"][:-1]
+    with pytest.raises(ValueError, match="lm_head.weight has shape"), exchanged_weights(model, wrong):
+        pass
+
+
+def test_probe_equals_a_hand_written_loop(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    model = make_llama()
+    batches = list(batches_of(make_texts(7), 3, pad_token_id=0))
+    before = copy_weights(model)
+    anchor = probe_anchor(model, batches, learning_rate=1e-2, weight_decay=0.1)
+    torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+    by_hand = make_llama()
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=0.1)
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / len(batches))
+        logits = by_hand(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+    torch.testing.assert_close(anchor, copy_weights(by_hand), rtol=1e-4, atol=1e-5)
+    assert any((anchor[name] - before[name]).abs().max() > 1e-3 for name in anchor)
+
+
+def test_probe_puts_everything_back_when_the_loss_explodes(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    model = make_llama()
+    model.eval()
+    before = copy_weights(model)
+    batches = list(batches_of(make_texts(4), 2, pad_token_id=0))
+    with pytest.raises(ValueError, match="lower its learning rate"):
+        probe_anchor(model, batches * 4, learning_rate=1e25)
+    torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)
+    assert not model.training
+    with pytest.raises(ValueError, match="at least one batch"):
+        probe_anchor(model, [], learning_rate=1e-2)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lwf_lightning.data.batch import EncodedText, batches_of, collate
+from lwf_lightning.losses import labelled_tokens, per_text_loss
+
+
+def one_by_one(model: Any, texts: list[EncodedText], reduction: str) -> torch.Tensor:
+    losses = []
+    for text in texts:
+        logits = model(torch.tensor([text.input_ids])).logits[0, :-1]
+        labels = torch.tensor(text.labels)[1:]
+        losses.append(cross_entropy(logits, labels, reduction=reduction, ignore_index=-100))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_equals_one_text_at_a_time(
+    make_llama: Callable[..., Any],
+    make_texts: Callable[..., Any],
+    batch_size: int,
+    reduction: Any,
+) -> None:
+    model, texts = make_llama().double(), make_texts(7)
+    batches = batches_of(texts, batch_size, pad_token_id=0)
+    losses = torch.cat([per_text_loss(model, batch, reduction=reduction) for batch in batches])
+    torch.testing.assert_close(losses, one_by_one(model, texts, reduction), rtol=1e-9, atol=1e-9)
+
+
+def test_padding_and_its_token_do_not_matter(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    model, texts = make_llama().double(), make_texts(3)
+    narrow = collate(texts, pad_token_id=0)
+    wide = {
+        key: torch.nn.functional.pad(value, (0, 5), value=-100 if key == "labels" else 0)
+        for key, value in narrow.items()
+    }
+    wide["input_ids"][wide["attention_mask"] == 0] = 5
+    torch.testing.assert_close(per_text_loss(model, wide), per_text_loss(model, narrow))
+
+
+def test_gpt2_and_the_mean_over_tokens_equal_transformers_own_loss(
+    make_texts: Callable[..., Any],
+) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=37, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    model = GPT2LMHeadModel(config).eval()
+    batch = collate(make_texts(5), pad_token_id=0)
+    ours = labelled_tokens(model, batch).token_losses().mean()
+    torch.testing.assert_close(ours, model(**batch).loss)
+
+
+def test_a_first_token_with_a_label_costs_nothing_and_pad_may_equal_a_label(
+    make_llama: Callable[..., Any],
+) -> None:
+    # the end-of-text token 2 is also the pad token: the real one keeps its loss
+    text = EncodedText((5, 6, 2), (5, 6, 2))
+    tokens = labelled_tokens(make_llama(), collate([text, EncodedText((5,) * 6, (5,) * 6)], 2))
+    assert tokens.targets[tokens.text == 0].tolist() == [6, 2]
+    assert tokens.tokens_per_text().tolist() == [2, 5]
+
+
+def test_a_batch_without_labels_is_refused(make_llama: Callable[..., Any]) -> None:
+    batch = collate([EncodedText((5, 6), (-100, -100))], 0)
+    with pytest.raises(ValueError, match="no labelled token"):
+        per_text_loss(make_llama(), batch)
