@@ -143,12 +143,9 @@ def _greedy(
 
 def _pad_left(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     width = max(len(ids) for ids in prompt_ids)
-    input_ids = torch.full((len(prompt_ids), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(prompt_ids), width), dtype=torch.int64)
-    for row, ids in enumerate(prompt_ids):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, width - len(ids) :] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    input_ids = [[pad_id] * (width - len(ids)) + [*ids] for ids in prompt_ids]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
+    return {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
 
 
 class _StopStrings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -47,21 +46,15 @@ class LabelledTokens:
         return torch.bincount(self.text, minlength=self.texts)
 
     def token_losses(self) -> Tensor:
-        """Cross-entropy of each labelled token in nats, shape (labelled tokens,), float32 or wider."""
+        """Cross-entropy of each labelled token in nats, shape (labelled tokens,)."""
         logits = self.logits.float() if self.logits.dtype.itemsize < 4 else self.logits
         return functional.cross_entropy(logits, self.targets, reduction="none")
 
 
-@lru_cache(maxsize=64)
-def _keeps_logits(model_class: type[nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
-
-
-def _accepts_logits_to_keep(model: nn.Module) -> bool:
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # a PEFT wrapper forwards keyword arguments as they are
-        inner = inner.get_base_model()
-    return _keeps_logits(type(inner))
+def _accepts_logits_to_keep(model: Any) -> bool:
+    if hasattr(model, "get_base_model"):  # a PEFT wrapper forwards keyword arguments as they are
+        model = model.get_base_model()
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def labelled_tokens(model: nn.Module, batch: Batch) -> LabelledTokens:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 
 from lwf_lightning.files import whole_folder
 from lwf_lightning.smollm2 import smollm2_folder
@@ -76,7 +77,7 @@ def _load(loader: Any, name_or_path: str | Path, **settings: Any) -> Any:
     located = locate_model(name_or_path)
     try:
         return loader.from_pretrained(located, **settings)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if Path(located).is_dir():
             raise ValueError(f"{_FLAG}: {located} cannot be loaded: {error}") from error
         raise ValueError(
@@ -138,19 +139,27 @@ def load_model(
         trust_remote_code: Whether code that comes with the model may run on this machine.
 
     Raises:
-        ValueError: If the model cannot be found or loaded.
+        ValueError: If the model cannot be found or loaded, or lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
-    model = _load(
+    model, report = _load(
         AutoModelForCausalLM,
         name_or_path,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise ValueError(
+            f"{_FLAG}: {name_or_path} lacks {len(missing)} weights of a causal LM, {missing[0]} "
+            "among them: is it a model for something else?"
+        )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        older = model.gradient_checkpointing_enable  # its name in the first transformers 5
+        enable = getattr(model, "activation_checkpointing_enable", older)
+        enable({"use_reentrant": False})
     if lora is not None:
         from peft import get_peft_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.evaluation import EvaluationMixin
+from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.schedule import ScheduleKind, UnlearningSchedule
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
 from lwf_lightning.losses import labelled_tokens, per_text_loss
@@ -112,13 +114,9 @@ class LWFModule(EvaluationMixin, L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if isinstance(lora, Mapping):  # as it comes back from a checkpoint's hyperparameters
-            from peft import LoraConfig
-
-            lora = LoraConfig(**lora)
-        self.lora = lora
+        self.lora = _lora_config(lora)
         self.save_hyperparameters(ignore=["lora"])
-        self.hparams["lora"] = None if lora is None else _primitives(lora.to_dict())
+        self.hparams["lora"] = None if self.lora is None else _changed_fields(self.lora)
         _check_ranges(self.hparams)
         self.schedule = UnlearningSchedule(schedule, unlearning_interval, ahead_steps, seed)
         self.objective = build_objective(objective, objective_options)
@@ -147,7 +145,7 @@ class LWFModule(EvaluationMixin, L.LightningModule):
                 f"trainer.devices asks for {self.trainer.world_size} processes; "
                 "LWFModule runs on one process so far: set trainer.devices to 1"
             )
-        self.model = load_model(
+        self.model = load_model(  # type: ignore[assignment]  # PEFT's wrapper behaves as one
             self.hparams["model_name"],
             dtype=self.hparams["dtype"],
             attention=self.hparams["attention"],
@@ -212,7 +210,8 @@ class LWFModule(EvaluationMixin, L.LightningModule):
                     "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
                     "model.init_args.schedule to never"
                 )
-            self._data.set_forget_set(range(len(self._data.self_knowledge.texts)))
+            knowledge = cast(SelfKnowledge, self._data.self_knowledge)
+            self._data.set_forget_set(range(len(knowledge.texts)))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Puts back the random state of a resumed run, so that dropout goes on where it was."""
@@ -334,13 +333,22 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         self._random_state = state["random_state"]
 
 
-def _primitives(value: Any) -> Any:
-    """Turns sets and enums into what loads under ``weights_only=True``."""
-    if isinstance(value, Mapping):
-        return {str(key): _primitives(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_primitives(item) for item in (sorted(value) if isinstance(value, set) else value)]
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+def _lora_config(lora: Any) -> LoraConfig | None:
+    """Takes the dict that comes back from a checkpoint's hyperparameters, too."""
+    if not isinstance(lora, Mapping):
+        return lora  # type: ignore[no-any-return]
+    from peft import LoraConfig
+
+    return LoraConfig(**lora)
+
+
+def _changed_fields(lora: LoraConfig) -> dict[str, Any]:
+    """What differs from the default, as primitives that load under ``weights_only=True``."""
+    default = asdict(type(lora)())
+    changed = {name: value for name, value in asdict(lora).items() if value != default[name]}
+    return {
+        name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()
+    }
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def build_learning_rate_schedule(
     from transformers import get_scheduler
 
     name = "constant_with_warmup" if kind == "constant" else kind
-    return get_scheduler(
+    return get_scheduler(  # type: ignore[no-any-return]
         name,
         optimizer,
         num_warmup_steps=round(warmup_ratio * learning_steps),

@@ -127,8 +127,8 @@ class LWFTrainer(L.Trainer):
                 "model.init_args.schedule is 'never': there is nothing to elicit or to score"
             )
         # Nothing is trained or validated, so nothing may be logged or saved either.
-        self.callbacks: list[L.Callback] = [  # type: ignore[attr-defined]
-            *(c for c in self.callbacks if not isinstance(c, Checkpoint)),  # type: ignore[has-type]
+        self.callbacks: list[L.Callback] = [
+            *(c for c in self.callbacks if not isinstance(c, Checkpoint)),
             stop,
         ]
         self.loggers = []

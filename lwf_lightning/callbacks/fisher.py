@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch, batches_of, collate
@@ -163,7 +163,7 @@ class FisherCallback(L.Callback):
                     f"{type(pl_module).__name__} must hold its language model as `model` before "
                     "FisherCallback is set up"
                 )
-            self._base_weights = copy_weights(pl_module.model)
+            self._base_weights = copy_weights(cast(torch.nn.Module, pl_module.model))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks timing and data, and says how much memory Fisher and anchor will take."""
@@ -274,9 +274,9 @@ class FisherCallback(L.Callback):
     ) -> dict[str, Tensor]:
         rate = self.probe_learning_rate
         if rate is None:
-            rate = getattr(pl_module, "learning_rate", None) or pl_module.hparams.get("learning_rate")
+            rate = pl_module.hparams.get("learning_rate")
         if rate is None:
-            raise ValueError("give FisherCallback a probe_learning_rate")
+            raise ValueError("give FisherCallback a probe_learning_rate: the module has none")
         if self.learning_batches is not None:
             given = self.learning_batches
             batches = [given[step % len(given)] for step in range(self.probe_steps)]

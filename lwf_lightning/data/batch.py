@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 """Label of a position that carries no loss (the convention of torch and transformers)."""
 
 Batch: TypeAlias = dict[str, Tensor]
-"""``input_ids``, ``attention_mask`` and ``labels``, each an int64 tensor of shape (texts, tokens)."""
+"""``input_ids``, ``attention_mask`` and ``labels``: int64 tensors of shape (texts, tokens)."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""."""
+"""The method itself, as functions that need no Lightning."""

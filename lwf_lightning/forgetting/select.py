@@ -69,7 +69,7 @@ def select_forget_set(
         return descending[chosen.to(descending.device)[descending]]
     if strategy == "all":
         return descending
-    if strategy == "threshold":
+    if threshold is not None:
         return descending[confidence[descending] >= threshold]
     raise ValueError(
         f"unknown selection strategy {strategy!r}; choose highest, lowest, random, all or threshold"

@@ -1,0 +1,179 @@
+"""Examples to token ids: the loss is on the answer, and the end-of-text token belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
+from lwf_lightning.data.rows import DataError
+from lwf_lightning.tasks.base import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat_template: bool = False
+) -> tuple[int, ...]:
+    """Token ids of a prompt, beginning-of-text token included where the tokenizer adds it.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        prompt: Prompt of an example.
+        chat_template: Whether the prompt is the user's turn in the tokenizer's chat template, with
+            the assistant's turn opened.
+
+    Raises:
+        ValueError: If a chat template is asked for and the tokenizer has none.
+    """
+    text = _prompt_text(tokenizer, prompt, chat_template)
+    return tuple(_token_ids(tokenizer, text, chat_template))
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    max_length: int,
+    chat_template: bool = False,
+) -> EncodedText:
+    """Encodes prompt, gold answer and end-of-text token; only the latter two carry labels.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        example: An example with a gold answer.
+        max_length: Tokens kept; what is longer loses its end.
+        chat_template: Whether prompt and answer are turns of the tokenizer's chat template. The
+            labelled part is then all that follows the opening of the assistant's turn.
+
+    Raises:
+        DataError: If the example has no gold answer, or truncation would remove it whole; names
+            the example's source.
+        ValueError: If the tokenizer has no end-of-text token, or no chat template when it is asked
+            for one.
+    """
+    return _encode(tokenizer, example, max_length, chat_template)[0]
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    chat_template: bool = False,
+) -> tuple[list[EncodedText], int]:
+    """Encodes examples as :func:`encode_example` does.
+
+    Returns:
+        The encoded texts in order, and how many lost the end of their answer to ``max_length``.
+    """
+    encoded = [_encode(tokenizer, example, max_length, chat_template) for example in examples]
+    return [text for text, _ in encoded], sum(cut for _, cut in encoded)
+
+
+def encode_choices(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    max_length: int,
+    chat_template: bool = False,
+) -> list[EncodedText]:
+    """Encodes the prompt with each of its choices in turn, labels on the choice.
+
+    The end-of-text token is left out: a model that has not been fine-tuned does not expect it
+    after a choice, and it would weigh most on the shortest.
+
+    Raises:
+        DataError: If truncation would remove a choice whole; names the example's source.
+        ValueError: See :func:`encode_prompt`.
+    """
+    prompt = _prompt_text(tokenizer, example.prompt, chat_template)
+    encoded = []
+    for choice in example.choices:
+        answer = choice.strip() if chat_template else choice
+        prompt_ids, choice_ids = _split_ids(tokenizer, prompt, answer, chat_template)
+        encoded.append(_labelled(prompt_ids, choice_ids, max_length, example.source))
+    return encoded
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, chat_template: bool
+) -> tuple[EncodedText, bool]:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError("the tokenizer has no end-of-text token: set its eos_token")
+    if not example.answer.strip():
+        raise DataError(f"{example.source}: there is no gold answer to learn from")
+    prompt = _prompt_text(tokenizer, example.prompt, chat_template)
+    answer = example.answer
+    if chat_template:
+        answer = _assistant_text(tokenizer, example, prompt)
+    prompt_ids, answer_ids = _split_ids(tokenizer, prompt, answer, chat_template)
+    if end in answer_ids:  # a chat template writes it, perhaps with a line break after it
+        answer_ids = answer_ids[: answer_ids.index(end)]
+    text = _labelled(prompt_ids, [*answer_ids, end], max_length, example.source)
+    return text, len(prompt_ids) + len(answer_ids) + 1 > max_length
+
+
+def _labelled(
+    prompt: Sequence[int], answer: Sequence[int], max_length: int, source: str
+) -> EncodedText:
+    if len(prompt) >= max_length:
+        raise DataError(
+            f"{source}: the prompt alone has {len(prompt)} tokens, so truncation to "
+            f"data.init_args.max_length={max_length} would remove the whole answer; raise it or "
+            "take the row out"
+        )
+    input_ids = (*prompt, *answer)[:max_length]
+    labels = (IGNORE_INDEX,) * len(prompt) + input_ids[len(prompt) :]
+    return EncodedText(input_ids, labels)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: bool) -> list[int]:
+    # A chat template has written all special tokens already.
+    ids = list(tokenizer(text, add_special_tokens=not chat_template)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text by themselves
+        ids.pop()
+    return ids
+
+
+def _split_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, chat_template: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and answer, apart."""
+    prompt_ids = _token_ids(tokenizer, prompt, chat_template)
+    # A SentencePiece tokenizer puts a space of its own before a text encoded alone: take the answer
+    # as it is encoded after the prompt, unless a token reaches across the boundary.
+    together = _token_ids(tokenizer, prompt + answer, chat_template)
+    if together[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, together[len(prompt_ids) :]
+    return prompt_ids, list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool) -> str:
+    return _chat(tokenizer, [("user", prompt)]) if chat_template else prompt
+
+
+def _assistant_text(tokenizer: PreTrainedTokenizerBase, example: Example, prompt: str) -> str:
+    """What the chat template writes after the rendered ``prompt`` when the answer is given."""
+    turns = [("user", example.prompt), ("assistant", example.answer.strip())]
+    whole = _chat(tokenizer, turns)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            "the tokenizer's chat template writes a conversation that does not begin with its own "
+            "generation prompt, so the assistant's part cannot be told apart; "
+            "set data.init_args.chat_template to false"
+        )
+    return whole.removeprefix(prompt)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template: set data.init_args.chat_template to false, or "
+            "use an instruction-tuned model"
+        )
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answer_follows = turns[-1][0] == "user"
+    text: Any = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=answer_follows
+    )
+    return str(text)

@@ -1,0 +1,120 @@
+"""Batches for evaluation: choices to be scored, or prompts to be answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, collate
+from lwf_lightning.data.encode import encode_choices, encode_prompt
+from lwf_lightning.data.rows import DataError
+from lwf_lightning.tasks.base import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Evaluation: TypeAlias = Literal["choice", "generate"]
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """One example, encoded: one text per choice, or the prompt alone without labels."""
+
+    example: Example
+    texts: tuple[EncodedText, ...]
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Examples of one task, ready for the model.
+
+    Attributes:
+        task: Name of the task.
+        kind: ``choice``: score every choice; ``generate``: generate an answer and read it.
+        examples: The examples of the batch.
+        batch: For ``choice``, one text per example and choice, in that order, labelled on the
+            choice. For ``generate``, the prompt of each example without labels. Padded on the right
+            in both: :func:`~lwf_lightning.generation.generate_answers` pads as it needs.
+        choice_counts: Choices of each example, shape (examples,), int64; 0 for ``generate``.
+        labels: The right choice of each example, shape (examples,), int64; -1 for ``generate``.
+    """
+
+    task: str
+    kind: Evaluation
+    examples: tuple[Example, ...]
+    batch: Batch
+    choice_counts: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Number of examples: the ``batch_size`` for logging."""
+        return len(self.examples)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> EvalBatch:
+        """A copy on a device; this method is how Lightning moves it."""
+        return replace(
+            self,
+            batch={name: tensor.to(device, **kwargs) for name, tensor in self.batch.items()},
+            choice_counts=self.choice_counts.to(device, **kwargs),
+            labels=self.labels.to(device, **kwargs),
+        )
+
+
+def eval_items(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    kind: Evaluation,
+    max_length: int,
+    chat_template: bool = False,
+) -> list[EvalItem]:
+    """Encodes examples for evaluation, in order.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        examples: Examples of one task; with choices for ``choice``.
+        kind: ``choice`` or ``generate``.
+        max_length: Limit of a prompt in tokens, and for ``choice`` of prompt and choice.
+        chat_template: Whether prompts go through the tokenizer's chat template.
+
+    Raises:
+        DataError: If a prompt leaves no room for its answer; names the example's source.
+        ValueError: See :func:`~lwf_lightning.data.encode.encode_prompt`.
+    """
+    if kind == "choice":
+        return [
+            EvalItem(e, tuple(encode_choices(tokenizer, e, max_length, chat_template)))
+            for e in examples
+        ]
+    items = []
+    for example in examples:
+        ids = encode_prompt(tokenizer, example.prompt, chat_template=chat_template)
+        if len(ids) > max_length:
+            raise DataError(
+                f"{example.source}: the prompt has {len(ids)} tokens, more than "
+                f"data.init_args.max_length={max_length}"
+            )
+        items.append(EvalItem(example, (EncodedText(ids, (IGNORE_INDEX,) * len(ids)),)))
+    return items
+
+
+def collate_eval(
+    items: Sequence[EvalItem], *, task: str, kind: Evaluation, pad_token_id: int
+) -> EvalBatch:
+    """Makes one batch of a task's items, all of the same kind."""
+    examples = tuple(item.example for item in items)
+    choices = [len(item.texts) if kind == "choice" else 0 for item in items]
+    labels = [
+        -1 if example.label is None or kind == "generate" else example.label for example in examples
+    ]
+    return EvalBatch(
+        task,
+        kind,
+        examples,
+        collate([text for item in items for text in item.texts], pad_token_id),
+        choice_counts=torch.tensor(choices),
+        labels=torch.tensor(labels),
+    )

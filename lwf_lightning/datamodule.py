@@ -1,0 +1,420 @@
+"""LWFDataModule: everything about text, from rows to batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lwf_lightning.data.batch import Batch, EncodedText, collate
+from lwf_lightning.data.encode import encode_examples
+from lwf_lightning.data.evaluation import EvalItem, Evaluation, collate_eval, eval_items
+from lwf_lightning.data.rows import Row, Split
+from lwf_lightning.data.sampler import ResumableLoader, batch_indices, even_shares, seeded_sample
+from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
+from lwf_lightning.tasks import (
+    ChoiceStyle,
+    Example,
+    Source,
+    Task,
+    TaskFields,
+    get_task,
+    load_rows,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_AT_LEAST_ONE = (
+    "max_length",
+    "batch_size",
+    "eval_batch_size",
+    "forget_batch_size",
+    "learning_texts",
+    "forgetting_prompts",
+    "eval_examples",
+    "max_new_tokens",
+    "elicit_batch_size",
+)
+
+
+class LWFDataModule(L.LightningDataModule):
+    """The learning task (D_L), the forgetting tasks (D_F), and what comes of them.
+
+    The tokenizer is that of the module being trained. Without a Trainer, set ``tokenizer`` before
+    ``setup``.
+
+    Attributes:
+        tokenizer: The tokenizer, once ``setup`` has run.
+        learning_encoded: D_L: the training texts of the learning task, encoded.
+        forgetting_examples: D_F: the training prompts of all forgetting tasks, each with the name
+            of its task.
+        self_knowledge: D_self, once elicited.
+        forget_set: D_U: indices into ``self_knowledge.texts``, once selected.
+
+    Example:
+        >>> data = LWFDataModule("qasc", ["psychol", "dental"], data_dir="../shared/data")
+        >>> data.eval_names("val")
+        ['val/accuracy', 'forget/accuracy_psychol', 'forget/accuracy_dental']
+    """
+
+    def __init__(
+        self,
+        learning_task: str,
+        forgetting_tasks: list[str] | None = None,
+        data_dir: str | None = None,
+        source: Source = "local",
+        custom_tasks: dict[str, TaskFields] | None = None,
+        choice_style: ChoiceStyle = "text",
+        chat_template: bool = False,
+        max_length: int = 512,
+        batch_size: int = 16,
+        eval_batch_size: int = 16,
+        forget_batch_size: int = 8,
+        learning_texts: int | None = None,
+        forgetting_prompts: int | None = None,
+        eval_examples: int | None = None,
+        evaluation: Evaluation = "choice",
+        evaluate_forgetting: bool = True,
+        max_new_tokens: int = 64,
+        elicit_batch_size: int = 16,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Checks the arguments; nothing is read before ``setup``.
+
+        Args:
+            learning_task: The task to learn: a built-in name or a key of ``custom_tasks``.
+            forgetting_tasks: The tasks whose self-knowledge may be forgotten, pooled. Several of
+                them are the paper's "mixed" setting.
+            data_dir: Folder with ``<task>/{train,validation,test}.jsonl``.
+            source: ``local`` JSONL files, or the Hugging Face ``hub`` for the tasks of the paper.
+            custom_tasks: JSONL tasks of your own, by their field names.
+            choice_style: ``text``: a choice task's answer is the text of the choice. ``letters``:
+                choices are listed and the answer names one, as in the paper.
+            chat_template: Whether prompts go through the tokenizer's chat template.
+            max_length: Tokens per text; longer answers lose their end.
+            batch_size: Texts of one learning step (on each process).
+            eval_batch_size: Examples per evaluation batch, each with all its choices.
+            forget_batch_size: Texts of one unlearning step (on each process).
+            learning_texts: Limit of the training texts, chosen by ``seed``; by default all.
+            forgetting_prompts: Limit of the prompts of all forgetting tasks together, spread
+                evenly among them; by default all.
+            eval_examples: Limit of the examples per task and split in evaluation; by default all.
+            evaluation: ``choice``: choice tasks are scored by log-likelihood. ``generate``: every
+                answer is generated and read, as is done anyway without choices.
+            evaluate_forgetting: Whether to evaluate on the forgetting tasks too.
+            max_new_tokens: Limit of a generated answer, in self-generation and evaluation.
+            elicit_batch_size: Prompts answered at a time in self-generation; changes no result.
+            cache_dir: Folder that keeps elicited texts for the next run; by default nothing is
+                kept.
+            num_workers: Processes that prepare training batches.
+            seed: Seed of the order of batches and of the choice under a limit.
+
+        Raises:
+            ValueError: If an argument is out of range or a task is unknown; names the flag.
+        """
+        super().__init__()
+        self.learning_task = learning_task
+        self.forgetting_tasks = forgetting_tasks or []
+        self.data_dir = data_dir
+        self.source: Source = source
+        self.chat_template = chat_template
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.forget_batch_size = forget_batch_size
+        self.learning_texts = learning_texts
+        self.forgetting_prompts = forgetting_prompts
+        self.eval_examples = eval_examples
+        self.evaluation: Evaluation = evaluation
+        self.evaluate_forgetting = evaluate_forgetting
+        self.max_new_tokens = max_new_tokens
+        self.elicit_batch_size = elicit_batch_size
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+        self.seed = seed
+        self._check_arguments()
+        self.tasks: dict[str, Task] = {
+            name: get_task(name, custom_tasks, choice_style=choice_style)
+            for name in [learning_task, *self.forgetting_tasks]
+        }
+        if not self.tasks[learning_task].has_answers:
+            raise ValueError(
+                f"data.init_args.learning_task: {learning_task!r} has no field with gold answers; "
+                "it can only be a forgetting task"
+            )
+
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.learning_encoded: list[EncodedText] = []
+        self.forgetting_examples: list[tuple[str, Example]] = []
+        self.self_knowledge: SelfKnowledge | None = None
+        self.forget_set: list[int] | None = None
+        self._eval_items: dict[tuple[str, Split, Evaluation], list[EvalItem]] = {}
+        self._loader: ResumableLoader | None = None
+        self._loader_state: dict[str, int] | None = None
+
+    def _check_arguments(self) -> None:
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.init_args.{name} must be at least 1, got {value}")
+        for name in ("num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"data.init_args.{name} must be at least 0, got {getattr(self, name)}"
+                )
+        if len(set(self.forgetting_tasks)) < len(self.forgetting_tasks):
+            raise ValueError(
+                f"data.init_args.forgetting_tasks names a task twice: {self.forgetting_tasks}"
+            )
+        if self.learning_task in self.forgetting_tasks:
+            warnings.warn(
+                f"data.init_args.forgetting_tasks holds the learning task {self.learning_task!r}: "
+                "what the model knows about it will be unlearned while it is learned",
+                stacklevel=3,
+            )
+
+    def setup(self, stage: str) -> None:
+        """Reads and encodes what the stage needs and is not there yet.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            DataError: If a file is missing or a row is malformed; names file, row and field.
+            ValueError: If there is no tokenizer, or it lacks what is asked of it.
+        """
+        if self.tokenizer is None:
+            if self.trainer is None:
+                raise ValueError("set datamodule.tokenizer before setup, or use a Trainer")
+            module: Any = self.trainer.lightning_module
+            self.tokenizer = module.tokenizer
+        if stage == "fit" and not self.learning_encoded:
+            self._prepare_training()
+        if stage in ("fit", "validate"):
+            self._prepare_evaluation(self.eval_tasks, "validation", self.evaluation)
+        if stage == "test":
+            self._prepare_evaluation(self.eval_tasks, "test", self.evaluation)
+        if stage == "predict":
+            self._prepare_evaluation([self.learning_task], "test", "generate")
+
+    def _prepare_training(self) -> None:
+        rows = seeded_sample(
+            self._rows(self.learning_task, "train"), self.learning_texts, self.seed
+        )
+        examples = self.tasks[self.learning_task].examples(rows)
+        self.learning_encoded, cut = encode_examples(
+            self._tokenizer, examples, self.max_length, self.chat_template
+        )
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(examples)} gold answers of {self.learning_task} are longer than "
+                f"data.init_args.max_length={self.max_length} leaves room for and lose their end",
+                stacklevel=2,
+            )
+        pools = [self._rows(name, "train") for name in self.forgetting_tasks]
+        sizes = [len(rows) for rows in pools]
+        limit = self.forgetting_prompts
+        shares = sizes if limit is None else even_shares(sizes, limit)
+        self.forgetting_examples = [
+            (name, self.tasks[name].example(row))
+            for name, rows, share in zip(self.forgetting_tasks, pools, shares, strict=True)
+            for row in seeded_sample(rows, share, self.seed)
+        ]
+
+    def _prepare_evaluation(self, names: Iterable[str], split: Split, kind: Evaluation) -> None:
+        for name in names:
+            key = (name, split, self._eval_kind(name, kind))
+            if key not in self._eval_items:
+                rows = seeded_sample(self._rows(name, split), self.eval_examples, self.seed)
+                self._eval_items[key] = eval_items(
+                    self._tokenizer,
+                    self.tasks[name].examples(rows),
+                    key[2],
+                    self.max_length,
+                    self.chat_template,
+                )
+
+    def _rows(self, name: str, split: Split) -> list[Row]:
+        return load_rows(self.tasks[name], split, data_dir=self.data_dir, source=self.source)
+
+    def elicit_self_knowledge(self, model: Any) -> None:
+        """Lets the model answer the forgetting prompts, greedily: D_self.
+
+        Args:
+            model: A ``transformers`` causal LM that holds the base weights.
+
+        Raises:
+            ValueError: If there are no forgetting tasks, or every answer was empty.
+        """
+        if not self.forgetting_tasks:
+            raise ValueError(
+                "there is nothing to forget: name tasks in data.init_args.forgetting_tasks"
+            )
+        names = [name for name, _ in self.forgetting_examples]
+        stop = dict.fromkeys(
+            text for name in self.forgetting_tasks for text in self.tasks[name].stop
+        )
+        knowledge = elicit(
+            model,
+            self._tokenizer,
+            [example.prompt for _, example in self.forgetting_examples],
+            tasks=names,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.elicit_batch_size,
+            stop=tuple(stop),
+            max_prompt_tokens=self.max_length,
+            chat_template=self.chat_template,
+            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+        )
+        if not knowledge.texts:
+            raise ValueError(
+                f"no texts are left in D_self: the base model's answers to all {len(names)} "
+                f"prompts of {', '.join(self.forgetting_tasks)} were empty. Look at the prompt "
+                "format, or choose other tasks in data.init_args.forgetting_tasks"
+            )
+        self.self_knowledge = knowledge
+
+    def set_forget_set(self, indices: Iterable[int]) -> None:
+        """Chooses what is unlearned from now on: D_U.
+
+        Args:
+            indices: Indices into ``self_knowledge.texts``; none at all turns unlearning off.
+
+        Raises:
+            ValueError: If there is no self-knowledge, or an index is out of range or repeated.
+        """
+        if self.self_knowledge is None:
+            raise ValueError("elicit the self-knowledge before choosing what to forget from it")
+        chosen = [int(index) for index in indices]
+        texts = len(self.self_knowledge.texts)
+        if len(set(chosen)) < len(chosen) or not all(0 <= index < texts for index in chosen):
+            raise ValueError(
+                f"the forget set must be different indices below {texts}, got {chosen}"
+            )
+        self.forget_set = chosen
+
+    def forget_batch(self, unlearning_step: int) -> Batch | None:
+        """The batch of an unlearning step: a pure function of the seed and the step.
+
+        Args:
+            unlearning_step: Unlearning steps taken before this one.
+
+        Returns:
+            A batch of at most ``forget_batch_size`` texts of the forget set; None when nothing is
+            selected.
+        """
+        if not self.forget_set or self.self_knowledge is None:
+            return None
+        chosen = batch_indices(
+            len(self.forget_set),
+            self.forget_batch_size,
+            self.seed + 1,  # another order than that of the learning texts
+            unlearning_step,
+            *self._rank_and_world_size(),
+        )
+        texts = [self.self_knowledge.texts[self.forget_set[index]] for index in chosen]
+        return collate([text.encoded() for text in texts], self.pad_token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id for padding: the end-of-text token's where the tokenizer has no pad token."""
+        ids = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        for token in ids:
+            if isinstance(token, int):
+                return token
+        raise ValueError("the tokenizer has neither a pad token nor an end-of-text token")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of the learning task, one per learning step, in an order set by the seed."""
+        rank, world_size = self._rank_and_world_size()
+        self._loader = ResumableLoader(
+            self.learning_encoded,
+            self.batch_size,
+            self.seed,
+            partial(collate, pad_token_id=self.pad_token_id),
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.num_workers,
+        )
+        if self._loader_state is not None:
+            self._loader.load_state_dict(self._loader_state)
+        return self._loader
+
+    @property
+    def eval_tasks(self) -> list[str]:
+        """The tasks of evaluation, one loader each: learning first, then each forgetting task.
+
+        Those without gold answers are left out.
+        """
+        forgetting = self.forgetting_tasks if self.evaluate_forgetting else []
+        with_answers = [name for name in forgetting if self.tasks[name].has_answers]
+        return list(dict.fromkeys([self.learning_task, *with_answers]))
+
+    def eval_names(self, stage: Literal["val", "test"]) -> list[str]:
+        """The names under which accuracies are logged, in the order of the loaders."""
+        _, *forgetting = self.eval_tasks
+        prefix = "forget" if stage == "val" else "test"
+        return [f"{stage}/accuracy", *(f"{prefix}/accuracy_{name}" for name in forgetting)]
+
+    def val_dataloader(self) -> list[DataLoader[EvalItem]]:
+        """One loader of ``EvalBatch`` per task of ``eval_tasks``, on the validation split."""
+        return [self._eval_loader(name, "validation", self.evaluation) for name in self.eval_tasks]
+
+    def test_dataloader(self) -> list[DataLoader[EvalItem]]:
+        """As :meth:`val_dataloader`, for the test split."""
+        return [self._eval_loader(name, "test", self.evaluation) for name in self.eval_tasks]
+
+    def predict_dataloader(self) -> DataLoader[EvalItem]:
+        """The test prompts of the learning task, to be answered by generation."""
+        return self._eval_loader(self.learning_task, "test", "generate")
+
+    def _eval_loader(self, name: str, split: Split, kind: Evaluation) -> DataLoader[EvalItem]:
+        kind = self._eval_kind(name, kind)
+        return DataLoader(
+            self._eval_items[name, split, kind],  # type: ignore[arg-type]  # a list is map-style
+            batch_size=self.eval_batch_size,
+            collate_fn=partial(collate_eval, task=name, kind=kind, pad_token_id=self.pad_token_id),
+            generator=torch.Generator().manual_seed(self.seed),  # the global one stays untouched
+        )
+
+    def _eval_kind(self, name: str, wanted: Evaluation) -> Evaluation:
+        return wanted if self.tasks[name].has_choices else "generate"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the learning texts, forget set and seed: primitives only."""
+        return {
+            "loader": None if self._loader is None else self._loader.state_dict(),
+            "forget_set": self.forget_set,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with the next batch and the same forget set."""
+        if state_dict["seed"] != self.seed:
+            warnings.warn(
+                f"the checkpoint was made with data.init_args.seed={state_dict['seed']}, now it is "
+                f"{self.seed}: the order of batches will not be that of an uninterrupted run",
+                stacklevel=2,
+            )
+        self._loader_state = state_dict["loader"]
+        self.forget_set = state_dict["forget_set"]
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("the datamodule has no tokenizer yet: call setup, or set it")
+        return self.tokenizer
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size

@@ -1,0 +1,130 @@
+"""Validation, test and prediction of an LWFModule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lwf_lightning.data.evaluation import EvalBatch
+from lwf_lightning.generation import generate_answers
+from lwf_lightning.metrics import (
+    ChoiceAccuracy,
+    ExactMatch,
+    choice_log_likelihoods,
+    predicted_choices,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class EvaluationMixin(L.LightningModule):
+    """The evaluation half of :class:`~lwf_lightning.LWFModule`: one loader per task."""
+
+    model: PreTrainedModel
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the model."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts to count."""
+        self._start()
+
+    def on_test_epoch_start(self) -> None:
+        """Starts to count."""
+        self._start()
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds one batch to its task's accuracy."""
+        self._count(batch, dataloader_idx)
+
+    def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds one batch to its task's accuracy."""
+        self._count(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/accuracy``, ``val/loss`` and the forgetting tasks' accuracies."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs ``test/accuracy``, ``test/loss`` and the forgetting tasks' accuracies."""
+        self._report("test")
+
+    def predict_step(
+        self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Answers each prompt: rows of prompt, answer, what was read of it, reference, correct."""
+        task = self._data.tasks[batch.task]
+        answers = self._generate(batch)
+        rows = []
+        for example, answer in zip(batch.examples, answers, strict=True):
+            read = task.read_answer(answer)
+            rows.append(
+                {
+                    "prompt": example.prompt,
+                    "answer": answer,
+                    "read": read,
+                    "reference": example.reference,
+                    "correct": read == example.reference,
+                }
+            )
+        return rows
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def _start(self) -> None:
+        self._accuracies: dict[int, Metric] = {}
+        # Summed negative log-likelihood of the gold answers, and their tokens, per loader.
+        self._losses: dict[int, Tensor] = {}
+
+    def _count(self, batch: EvalBatch, loader: int) -> None:
+        if batch.kind == "choice":
+            predicted, sums, counts = self._predict_choices(batch)
+            self._accuracies.setdefault(loader, ChoiceAccuracy().to(self.device))
+            self._accuracies[loader].update(predicted, batch.labels)
+            first = batch.choice_counts.cumsum(0) - batch.choice_counts
+            gold = first + batch.labels
+            loss = torch.stack([-sums[gold].double().sum(), counts[gold].double().sum()])
+            self._losses[loader] = self._losses.get(loader, 0) + loss
+        else:
+            task = self._data.tasks[batch.task]
+            self._accuracies.setdefault(loader, ExactMatch().to(self.device))
+            answers = [task.read_answer(answer) for answer in self._generate(batch)]
+            references = [example.reference for example in batch.examples]
+            self._accuracies[loader].update(answers, references)
+
+    def _predict_choices(self, batch: EvalBatch) -> tuple[Tensor, Tensor, Tensor]:
+        sums, counts = choice_log_likelihoods(self.model, batch.batch)
+        return predicted_choices(sums, counts, batch.choice_counts), sums, counts
+
+    def _generate(self, batch: EvalBatch) -> list[str]:
+        mask = batch.batch["attention_mask"].bool()
+        prompts = [
+            ids[kept].tolist() for ids, kept in zip(batch.batch["input_ids"], mask, strict=True)
+        ]
+        answers = generate_answers(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self._data.max_new_tokens,
+            batch_size=len(prompts),
+            stop=self._data.tasks[batch.task].stop,
+        )
+        return [
+            str(self.tokenizer.decode(list(answer), skip_special_tokens=True)) for answer in answers
+        ]
+
+    def _report(self, stage: str) -> None:
+        for loader, name in enumerate(self._data.eval_names(stage)):
+            self.log(name, self._accuracies[loader].compute(), prog_bar=loader == 0)
+        if 0 in self._losses:
+            total, tokens = self._losses[0]
+            self.log(f"{stage}/loss", (total / tokens).float(), prog_bar=True)

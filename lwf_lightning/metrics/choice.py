@@ -1,0 +1,73 @@
+"""Choice tasks by log-likelihood: the functional core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lwf_lightning.data.batch import Batch
+from lwf_lightning.losses import labelled_tokens
+
+
+@torch.no_grad()
+def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of the labelled tokens of each text.
+
+    Args:
+        model: Any ``transformers`` causal LM, in eval mode for exact figures.
+        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens): one text per
+            example and choice, labels on the choice.
+
+    Returns:
+        Sums in nats, at most 0, higher is more likely, float32 or wider; and the number of tokens
+        behind each, int64; both of shape (texts,).
+
+    Raises:
+        ValueError: If no position of the batch carries a label.
+    """
+    tokens = labelled_tokens(model, batch)
+    return -tokens.per_text(tokens.token_losses(), "sum"), tokens.tokens_per_text()
+
+
+def predicted_choices(
+    sums: Tensor, counts: Tensor, choice_counts: Tensor, *, normalise: bool = True
+) -> Tensor:
+    """The most likely choice of each example.
+
+    Args:
+        sums: Log-likelihood of each choice in nats, shape (choices of all examples,), ordered by
+            example, then choice.
+        counts: Number of tokens behind each sum, same shape.
+        choice_counts: Choices of each example, shape (examples,).
+        normalise: Whether to compare the mean per token rather than the sum, which favours short
+            choices. Length-normalised is the better by far on qasc.
+
+    Returns:
+        Index of the choice within its example, shape (examples,), int64; the first one of equals;
+        -1, which is never right, where no choice has a finite score.
+
+    Raises:
+        ValueError: If the shapes do not fit together, or an example has no choice.
+
+    Example:
+        >>> sums = torch.tensor([-3.0, -4.0, -1.0, -2.0, -9.0])
+        >>> counts = torch.tensor([1, 2, 1, 1, 1])
+        >>> predicted_choices(sums, counts, torch.tensor([2, 3])).tolist()
+        [1, 0]
+        >>> predicted_choices(sums, counts, torch.tensor([2, 3]), normalise=False).tolist()
+        [0, 0]
+    """
+    if sums.ndim != 1 or sums.shape != counts.shape or int(choice_counts.sum()) != len(sums):
+        raise ValueError(
+            "expected one sum and one count per choice of all examples, got shapes "
+            f"{tuple(sums.shape)} and {tuple(counts.shape)} for {int(choice_counts.sum())} choices"
+        )
+    if choice_counts.numel() == 0 or int(choice_counts.min()) < 1:
+        raise ValueError("every example needs at least one choice")
+    scores = sums / counts.clamp(min=1) if normalise else sums
+    scores = torch.where(scores.isfinite(), scores, -torch.inf)
+    columns = torch.arange(int(choice_counts.max()), device=sums.device)
+    there = columns < choice_counts.unsqueeze(1)  # (examples, most choices)
+    table = scores.new_full(there.shape, -torch.inf).masked_scatter(there, scores)
+    best, index = table.max(dim=1)
+    return torch.where(best.isfinite(), index, -1)
