@@ -98,8 +98,8 @@ def elicit(
         batch_size: Prompts answered together; it changes the time, not the answers.
         stop: Strings at which an answer ends, such as the start of the next question.
         max_prompt_tokens: Longer prompts lose tokens at their start (a leading begin-of-text
-            token stays) and are counted in a warning. Default: what the model's positions leave
-            room for beside the answer.
+            token stays) and are counted in a warning. The model's positions beside the answer
+            are always a limit.
         chat_template: Whether each prompt is a user's message in the tokenizer's chat template.
         cache_dir: Folder in which ``<fingerprint>.jsonl`` keeps the result. The fingerprint is
             that of weights, vocabulary, prompts and settings; a damaged file is named in a
@@ -122,8 +122,8 @@ def elicit(
     prompt_ids = [_keep_end(ids, limit, tokenizer.bos_token_id) for ids in whole_prompts]
     if shortened := sum(a != b for a, b in zip(whole_prompts, prompt_ids, strict=True)):
         warnings.warn(
-            f"{shortened} of {len(prompts)} prompts are longer than max_prompt_tokens={limit} and "
-            "lost their start",
+            f"{shortened} of {len(prompts)} prompts are longer than {limit} tokens and lost "
+            "their start",
             stacklevel=2,
         )
     cache_file, fingerprint = None, ""
@@ -184,19 +184,18 @@ def _checked_tasks(prompts: Sequence[str], tasks: Sequence[str] | None) -> Seque
 
 
 def _prompt_limit(base: Any, max_new_tokens: int, max_prompt_tokens: int | None) -> int | None:
-    if max_prompt_tokens is not None:
-        if max_prompt_tokens < 1:
-            raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
-        return max_prompt_tokens
+    if max_prompt_tokens is not None and max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
     positions = getattr(base.config, "max_position_embeddings", None)
     if positions is None:
-        return None
+        return max_prompt_tokens
     if max_new_tokens >= positions:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model has "
             f"{positions} positions"
         )
-    return int(positions) - max_new_tokens
+    room = int(positions) - max_new_tokens
+    return room if max_prompt_tokens is None else min(room, max_prompt_tokens)
 
 
 def _keep_end(ids: tuple[int, ...], limit: int | None, bos: int | None) -> tuple[int, ...]:

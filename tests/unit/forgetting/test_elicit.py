@@ -100,7 +100,7 @@ def test_stop_strings_end_answers(model: Any, tokenizer: Any) -> None:
 
 
 def test_long_prompts_lose_their_start(model: Any, tokenizer: Any) -> None:
-    with pytest.warns(UserWarning, match=r"3 of 7 prompts are longer than max_prompt_tokens=5"):
+    with pytest.warns(UserWarning, match=r"3 of 7 prompts are longer than 5 tokens"):
         texts = ask(model, tokenizer, max_prompt_tokens=5).texts
     assert [len(text.prompt_ids) for text in texts] == [4, 1, 5, 2, 5, 5, 3]
     assert [PIECES[i] for i in texts[2].prompt_ids] == list("sing?")
@@ -116,9 +116,11 @@ def test_a_shortened_prompt_keeps_its_begin_of_text(model: Any, tokenizer: Any) 
     assert [PIECES[i] for i in text.prompt_ids] == ["<bos>", "h", "y", "?", "-"]
 
 
-def test_prompts_leave_room_for_the_answer(model: Any, tokenizer: Any) -> None:
-    with pytest.warns(UserWarning, match=r"1 of 7 prompts .*max_prompt_tokens=20"):
-        texts = ask(model, tokenizer, max_new_tokens=44).texts  # of 64 positions
+@pytest.mark.parametrize("limit", [None, 25])
+def test_prompts_leave_room_for_the_answer(model: Any, tokenizer: Any, limit: Any) -> None:
+    # the model has 64 positions
+    with pytest.warns(UserWarning, match="1 of 7 prompts are longer than 20 tokens"):
+        texts = ask(model, tokenizer, max_new_tokens=44, max_prompt_tokens=limit).texts
     assert len(texts[2].prompt_ids) == 20
     with pytest.raises(ValueError, match=r"max_new_tokens=64 leaves no room .* 64 positions"):
         ask(model, tokenizer, max_new_tokens=64)
