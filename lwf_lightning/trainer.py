@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class LWFTrainer(L.Trainer):
         **kwargs: Any,
     ) -> None:
         if logger is None or logger is True:
+            # Two loggers share a folder on purpose; the CSV one would warn that it is not empty.
+            warnings.filterwarnings("ignore", message="Experiment logs directory")
             board = TensorBoardLogger(default_root_dir, name="")
             table = CSVLogger(default_root_dir, name="", version=f"version_{board.version}")
             logger = [board, table]

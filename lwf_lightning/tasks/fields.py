@@ -57,7 +57,9 @@ class FieldsTask(Task):
         if self.fields.choices is not None and self.fields.label is not None:
             return self._choice_example(row, question, self.fields.choices, self.fields.label)
         prompt, lead = self._prompt(question)
-        answer = "" if self.fields.answer is None else row.text(self.fields.answer)
+        if self.fields.answer is None:
+            return Example(prompt, "", source=row.source)
+        answer = row.text(self.fields.answer)
         return Example(prompt, lead + answer, reference=plain(answer), source=row.source)
 
     def _choice_example(self, row: Row, question: str, choices: str, label: str) -> Example:

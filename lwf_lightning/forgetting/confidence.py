@@ -1,0 +1,195 @@
+"""Forgetting confidence: how far a text pulls the weights from what the learning task needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lwf_lightning.data.batch import Batch
+from lwf_lightning.forgetting.gradients import (
+    BlockReducer,
+    TextLoss,
+    as_matrix,
+    reduce_gradients,
+    row_slices,
+)
+from lwf_lightning.forgetting.tensors import check_fit
+from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.losses import Reduction, per_text_loss
+
+
+@dataclass(frozen=True)
+class ForgettingConfidence:
+    """The forgetting confidence of each text (step 3 of arXiv 2505.19715), in its parts.
+
+    With d = theta_base - theta*_L, g the gradient of a text at theta_base and F the Fisher
+    information, the paper's 1/2 sum_i F_i (theta_base_i - alpha g_i - theta*_L,i)^2 is
+
+        FC = 1/2 <F d, d> - alpha <F d, g> + alpha^2/2 <F g, g>.
+
+    The first term is the same for every text and so large that it would drown the ranking.
+
+    Attributes:
+        alignment: <F d, g>, shape (texts,), float32, any sign. High: the text's own gradient
+            step leads to the learning task's weights, which *lowers* confidence.
+        sensitivity: <F g, g>, shape (texts,), float32, at least 0. High: the text pulls at
+            weights that matter to the learning task.
+        alpha: Step size of the text's own gradient step, above 0.
+        constant: 1/2 <F d, d>, at least 0.
+    """
+
+    alignment: Tensor
+    sensitivity: Tensor
+    alpha: float
+    constant: float
+
+    @property
+    def confidence(self) -> Tensor:
+        """FC without the constant, shape (texts,), float32. High means: forget it."""
+        return self.alpha**2 / 2 * self.sensitivity - self.alpha * self.alignment
+
+
+def forgetting_confidence(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    fisher: Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    alpha: float | None = None,
+    reduction: Reduction = "mean",
+    text_loss: TextLoss | None = None,
+    progress: bool = False,
+) -> ForgettingConfidence:
+    """Scores self-knowledge (D_self): the forgetting confidence FC of each text.
+
+    The result does not depend on how the texts are batched or padded.
+
+    Args:
+        model: Any causal LM, holding theta_base.
+        batches: Texts to score; dicts of ``input_ids``, ``attention_mask`` and ``labels``, each
+            (texts, tokens). Every text needs a label.
+        fisher: F_L of :func:`~lwf_lightning.forgetting.diagonal_fisher`: one tensor per
+            trainable parameter, at least 0.
+        anchor: theta*_L: one tensor per trainable parameter, of its shape.
+        alpha: Step size, above 0; None takes :func:`automatic_alpha`.
+        reduction: Whether a text's loss is the mean (ours by default; the paper does not say) or
+            the sum over its labelled tokens.
+        text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)
+            -> (texts,), text i depending on row i only. ``reduction`` does not apply to it.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One value per text, in the order of the batches, on the model's device.
+
+    Raises:
+        ValueError: If ``fisher`` or ``anchor`` does not fit the model, ``alpha`` is not above
+            0, there is no text, nothing trains, a text has no label, or its loss or score is
+            not finite.
+    """
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha must be above 0, got {alpha}")
+    check_fit(fisher, model, what="fisher")
+    check_fit(anchor, model, what="anchor")
+    sink = _InnerProducts(model, fisher, anchor)
+    loss = text_loss or partial(per_text_loss, reduction=reduction)
+    reduce_gradients(model, batches, sink, text_loss=loss, description="Scoring", progress=progress)
+    alignment, sensitivity = torch.cat(sink.alignment), torch.cat(sink.sensitivity)
+    finite = torch.isfinite(alignment) & torch.isfinite(sensitivity)
+    if not bool(finite.all()):
+        text = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"the score of text {text} (counted from 0 in the order of the batches) is not "
+            f"finite: alignment {alignment[text].item()}, sensitivity {sensitivity[text].item()}"
+        )
+    if alpha is None:
+        alpha = automatic_alpha(alignment, sensitivity)
+    return ForgettingConfidence(alignment, sensitivity, alpha, sink.constant())
+
+
+def automatic_alpha(alignment: Tensor, sensitivity: Tensor, multiple: float = 10.0) -> float:
+    """Chooses alpha from the scores, whatever the scale of weights and gradients (ours).
+
+    At 2 std(alignment) / std(sensitivity) both terms of the confidence spread equally over the
+    texts. Several times that lets the sensitivity lead, which found planted outdated texts best.
+
+    Args:
+        alignment: Shape (texts,).
+        sensitivity: Shape (texts,).
+        multiple: How many times the alpha of equal spread.
+
+    Returns:
+        Above 0. Without a spread to compare (one text; alignment 0 because the anchor is the
+        base; equal sensitivities) it is 1: the term that has a spread ranks alone, at any alpha.
+
+    Example:
+        >>> automatic_alpha(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 4.0]))
+        5.0
+        >>> automatic_alpha(torch.zeros(2), torch.tensor([0.0, 4.0]))
+        1.0
+    """
+    if alignment.numel() < 2:
+        return 1.0
+    spread = alignment.double().std().item()
+    other = sensitivity.double().std().item()
+    if spread == 0 or other == 0:
+        return 1.0
+    alpha = multiple * 2 * spread / other
+    return alpha if math.isfinite(alpha) and alpha > 0 else 1.0
+
+
+class _InnerProducts:
+    """<F d, g> and <F g, g> of every text."""
+
+    def __init__(
+        self, model: nn.Module, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+    ) -> None:
+        self.base = trainable_parameters(model)
+        self.fisher = fisher
+        self.anchor = anchor
+        self.alignment: list[Tensor] = []
+        self.sensitivity: list[Tensor] = []
+
+    def begin(self, texts: int) -> None:
+        """Adds a place for every text of the batch."""
+        device = next(iter(self.base.values())).device
+        self.alignment.append(torch.zeros(texts, device=device))
+        self.sensitivity.append(torch.zeros(texts, device=device))
+
+    def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
+        """Adds the block's share of both inner products."""
+        alignment, sensitivity = self.alignment[-1], self.sensitivity[-1]
+        root, difference = self._root_and_difference(name, rows)
+        scaled_difference = (root * difference).flatten()
+
+        def reduce(text: int, block: Tensor) -> None:
+            scaled = block.mul_(root).flatten()
+            sensitivity[text] += torch.dot(scaled, scaled)
+            alignment[text] += torch.dot(scaled, scaled_difference.to(scaled.dtype))
+
+        return reduce
+
+    @torch.no_grad()
+    def constant(self) -> float:
+        """1/2 <F d, d>."""
+        total = 0.0
+        for name, parameter in self.base.items():
+            for rows in row_slices(as_matrix(parameter)):
+                root, difference = self._root_and_difference(name, rows)
+                total += (root * difference).double().square().sum().item()
+        return total / 2
+
+    def _root_and_difference(self, name: str, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """The square root of F, so that a block is scaled once for both, and d."""
+        base = as_matrix(self.base[name].detach())
+        fisher = _rows(self.fisher[name], rows).to(base.device, torch.float32)
+        anchor = _rows(self.anchor[name], rows).to(base.device, torch.float32)
+        return fisher.sqrt(), base[rows].float() - anchor
+
+
+def _rows(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    return as_matrix(tensor)[rows if isinstance(rows, slice) else rows.to(tensor.device)]

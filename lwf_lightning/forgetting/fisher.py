@@ -1,0 +1,168 @@
+"""Diagonal Fisher information of the learning task (step 2 of the paper)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lwf_lightning.data.batch import Batch
+from lwf_lightning.forgetting.gradients import BlockReducer, TextLoss, as_matrix, reduce_gradients
+from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.losses import LabelledTokens, Reduction, labelled_tokens, per_text_loss
+
+FisherEstimator: TypeAlias = Literal["empirical", "true"]
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    estimator: FisherEstimator = "empirical",
+    reduction: Reduction = "mean",
+    seed: int = 0,
+    text_loss: TextLoss | None = None,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Estimates the diagonal of the Fisher information F_L at the weights the model holds.
+
+    It is the mean over texts of the *squared gradient of each text* (arXiv 2505.19715, step 2),
+    which is not the square of a batch's mean gradient. It does not depend on how the texts are
+    batched or padded.
+
+    Args:
+        model: Any causal LM, holding theta*_L.
+        batches: Texts of the learning task; dicts of ``input_ids``, ``attention_mask`` and
+            ``labels``, each (texts, tokens). Every text needs a label.
+        estimator: ``empirical`` takes the labels as they are (the gold answers). ``true`` draws
+            one label per labelled token from the model's own prediction there, given the gold
+            tokens before it.
+        reduction: Whether a text's loss is the mean (ours by default; the paper does not say) or
+            the sum over its labelled tokens.
+        seed: Seed of ``true``; a text's draw depends on the seed and its place in the order only.
+        text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)
+            -> (texts,), text i depending on row i only. ``reduction`` does not apply to it, and
+            it goes with ``empirical`` only.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Parameter name -> float32 tensor of the parameter's shape, on its device, at least 0;
+        trainable parameters only, a tied one once.
+
+    Raises:
+        ValueError: If there is no text, nothing trains, a text has no label, a loss or the
+            result is not finite, or ``estimator`` is unknown or does not go with ``text_loss``.
+    """
+    sums, texts = fisher_sums(
+        model,
+        batches,
+        estimator=estimator,
+        reduction=reduction,
+        seed=seed,
+        text_loss=text_loss,
+        progress=progress,
+    )
+    for name, total in sums.items():
+        total /= texts
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(f"the Fisher information of {name} is not finite")
+    return sums
+
+
+def fisher_sums(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    estimator: FisherEstimator = "empirical",
+    reduction: Reduction = "mean",
+    seed: int = 0,
+    text_loss: TextLoss | None = None,
+    progress: bool = False,
+) -> tuple[dict[str, Tensor], int]:
+    """The sum of the texts' squared gradients and their number; see :func:`diagonal_fisher`.
+
+    Sums and numbers of several processes may be added before the division.
+    """
+    if estimator not in ("empirical", "true"):
+        raise ValueError(f"unknown estimator {estimator!r}; choose 'empirical' or 'true'")
+    loss = text_loss or partial(per_text_loss, reduction=reduction)
+    if estimator == "true":
+        if text_loss is not None:
+            raise ValueError(
+                "estimator 'true' draws labels for the default loss and cannot do so for a "
+                "`text_loss` of your own; take 'empirical'"
+            )
+        batches = _numbered(batches)
+        loss = partial(_sampled_loss, reduction=reduction, seed=seed)
+    sink = _SquareSums(model)
+    texts = reduce_gradients(
+        model, batches, sink, text_loss=loss, description="Fisher", progress=progress
+    )
+    return sink.sums, texts
+
+
+class _SquareSums:
+    """Adds up squared gradients, one float32 tensor per parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums = {
+            name: torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+            for name, p in trainable_parameters(model).items()
+        }
+
+    def begin(self, texts: int) -> None:
+        """Nothing is kept per text."""
+
+    def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
+        """Squares a block and adds it."""
+        sums = as_matrix(self.sums[name])
+        if isinstance(rows, Tensor):
+            return lambda _, block: _discard(sums.index_add_(0, rows, block.square().to(sums)))
+        part = sums[rows]
+        return lambda _, block: _discard(part.addcmul_(block, block))
+
+
+def _discard(_: Tensor) -> None:
+    """In-place operations return their tensor; a reducer returns nothing."""
+
+
+def _numbered(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Gives every text its place in the order of all texts, whatever the batch size."""
+    first = 0
+    for batch in batches:
+        texts = batch["input_ids"].shape[0]
+        yield {**batch, "text_number": torch.arange(first, first + texts)}
+        first += texts
+
+
+def _sampled_loss(model: nn.Module, batch: Batch, *, reduction: Reduction, seed: int) -> Tensor:
+    tokens = labelled_tokens(model, batch)
+    uniform = torch.cat(
+        [
+            torch.rand(count, generator=_generator(seed, number), dtype=torch.float64)
+            for number, count in zip(
+                batch["text_number"].tolist(), tokens.tokens_per_text().tolist(), strict=True
+            )
+        ]
+    )
+    targets = _drawn(tokens.logits.detach(), uniform)
+    drawn: LabelledTokens = replace(tokens, targets=targets)
+    return drawn.per_text(drawn.token_losses(), reduction)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+
+
+def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a class per row of logits by inverting its distribution function."""
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    threshold = uniform.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return drawn.clamp(max=logits.shape[-1] - 1)
