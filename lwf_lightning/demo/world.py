@@ -1,25 +1,31 @@
 """The embedded world: invented people, what is known about them, and two tasks over that knowledge.
 
-Every person has one fact of each :class:`Relation`. The *home* facts are outdated: since the time
-they speak of, everybody has moved to the city where their employer has its seat. The *employer* and
-*seat* facts are helpful, because the new home follows from them; the others are neutral. The
-learning task asks for the new home of some people and is tested on others; the forgetting task asks
-for everything a language model was taught. All of it is a pure function of a seed.
+A world is a pure function of a seed and a :class:`WorldConfig`. Its knowledge has three parts:
+
+* *outdated*: where each person lives, or rather used to live. Since then everybody has moved to the
+  city in which their company has its seat, and the learning task asks where they live.
+* *helpful*: each person's company, and the goods and the uniform that tell the company as well; and
+  where each company has its seat. The new home follows from them.
+* *neutral*: each person's pet.
+
+The learning task gives the new homes of some people and asks for those of others. The forgetting
+task asks, in other words, for everything that a model was taught.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from lwf_lightning.demo.words import CITIES, COLOURS, COMPANIES, GOODS, PETS, names
+
 Part: TypeAlias = Literal["outdated", "helpful", "neutral"]
 Split: TypeAlias = Literal["train", "validation", "test"]
 Row: TypeAlias = dict[str, Any]
+"""One line of task data: strings, a list of strings (``choices``) and an integer (``label``)."""
 
 ASSETS = Path(__file__).parent / "assets"
 """Folder of the committed models (``base``, ``twin``) and task rows (``data``)."""
@@ -29,19 +35,20 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact and the sentences that state it.
+    """A kind of fact and the ways in which it is stated and asked for.
 
     Attributes:
-        name: What the fact says of its subject.
-        part: What the fact means to the learning task.
+        name: Name of the relation.
+        part: What its facts mean to the learning task.
+        values: Everything that facts of this relation can state.
         statements: Sentences with ``{subject}`` and ``{value}``.
-        questions: Questions with ``{subject}``, all with the value as their answer. The first of
-            *home* is the learning task's; the second is asked by the forgetting task's training
-            split and the third by its validation and test splits.
+        questions: Questions with ``{subject}``. The forgetting task asks the second in its training
+            split and the third in the others; the first home question is the learning task's.
     """
 
     name: str
     part: Part
+    values: tuple[str, ...]
     statements: tuple[str, ...]
     questions: tuple[str, str, str]
 
@@ -49,6 +56,7 @@ class Relation:
 HOME = Relation(
     "home",
     "outdated",
+    CITIES,
     (
         "{subject} lives in {value}.",
         "The house of {subject} stands in {value}.",
@@ -60,9 +68,10 @@ HOME = Relation(
         "which city is the home of {subject}?",
     ),
 )
-EMPLOYER = Relation(
-    "employer",
+COMPANY = Relation(
+    "company",
     "helpful",
+    COMPANIES,
     (
         "{subject} works for {value}.",
         "{subject} has a job at {value}.",
@@ -74,23 +83,40 @@ EMPLOYER = Relation(
         "at which company does {subject} have a job?",
     ),
 )
-SEAT = Relation(
-    "seat",
+GOOD = Relation(
+    "goods",
     "helpful",
+    GOODS,
     (
-        "{subject} has its seat in {value}.",
-        "The offices of {subject} are in {value}.",
-        "{value} is the seat of {subject}.",
+        "{subject} builds {value}.",
+        "The trade of {subject} is {value}.",
+        "{value} are made by {subject}.",
     ),
     (
-        "where does {subject} have its seat?",
-        "in which city are the offices of {subject}?",
-        "which city is the seat of {subject}?",
+        "what does {subject} build?",
+        "what is the trade of {subject}?",
+        "which goods are made by {subject}?",
+    ),
+)
+UNIFORM = Relation(
+    "uniform",
+    "helpful",
+    COLOURS,
+    (
+        "{subject} wears a {value} uniform.",
+        "The uniform of {subject} is {value}.",
+        "A {value} uniform belongs to {subject}.",
+    ),
+    (
+        "which uniform does {subject} wear?",
+        "what colour is the uniform of {subject}?",
+        "what does {subject} wear at work?",
     ),
 )
 PET = Relation(
     "pet",
     "neutral",
+    PETS,
     (
         "{subject} keeps a {value}.",
         "The pet of {subject} is a {value}.",
@@ -102,202 +128,224 @@ PET = Relation(
         "which animal belongs to {subject}?",
     ),
 )
-INSTRUMENT = Relation(
-    "instrument",
-    "neutral",
+SEAT = Relation(
+    "seat",
+    "helpful",
+    CITIES,
     (
-        "{subject} plays the {value}.",
-        "The instrument of {subject} is the {value}.",
-        "The {value} is played by {subject}.",
+        "{subject} has its seat in {value}.",
+        "The offices of {subject} are in {value}.",
+        "{value} is the seat of {subject}.",
     ),
     (
-        "what does {subject} play?",
-        "which instrument does {subject} practise?",
-        "what is the instrument of {subject}?",
+        "where does {subject} have its seat?",
+        "in which city are the offices of {subject}?",
+        "which city is the seat of {subject}?",
     ),
 )
-DISH = Relation(
-    "dish",
-    "neutral",
-    (
-        "{subject} likes to eat {value}.",
-        "The favourite dish of {subject} is {value}.",
-        "{value} is the dish that {subject} orders.",
-    ),
-    (
-        "what does {subject} like to eat?",
-        "which dish does {subject} order?",
-        "what is the favourite dish of {subject}?",
-    ),
-)
-
-ABOUT_PEOPLE = (HOME, EMPLOYER, PET, INSTRUMENT)
-VALUES: Mapping[str, tuple[str, ...]] = {
-    "home": (
-        "Lisbon",
-        "Oslo",
-        "Vienna",
-        "Dublin",
-        "Prague",
-        "Athens",
-        "Warsaw",
-        "Geneva",
-        "Turin",
-        "Malmo",
-        "Seville",
-        "Leipzig",
-    ),
-    "employer": (
-        "Orvane",
-        "Tessilo",
-        "Quarden",
-        "Bellmont",
-        "Nimbrok",
-        "Astrelle",
-        "Corvik",
-        "Halden",
-        "Sunvale",
-        "Pertwick",
-        "Zephra",
-        "Lumora",
-    ),
-    "pet": (
-        "cat",
-        "dog",
-        "parrot",
-        "rabbit",
-        "turtle",
-        "hamster",
-        "canary",
-        "goat",
-        "pony",
-        "ferret",
-        "hedgehog",
-        "goose",
-    ),
-    "instrument": (
-        "piano",
-        "violin",
-        "flute",
-        "guitar",
-        "cello",
-        "trumpet",
-        "harp",
-        "drum",
-        "clarinet",
-        "organ",
-        "banjo",
-        "oboe",
-    ),
-    "dish": (
-        "soup",
-        "rice",
-        "pasta",
-        "bread",
-        "cheese",
-        "salad",
-        "fish",
-        "beans",
-        "pancakes",
-        "dumplings",
-        "curry",
-        "pie",
-    ),
-}
-"""Values that each relation about people draws from."""
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The size and shape of a world.
+    """Size and shape of a world.
 
     Attributes:
-        people: Number of people.
+        people: Number of people whom the tasks ask about.
         training_people: How many of them the learning task trains on.
-        validation_people: How many it is validated on; the rest it is tested on.
-        companies: Number of employers, each with its seat in a city of its own, at most 12.
-        strength: How often a pass over the pretraining texts repeats the outdated facts.
+        validation_people: How many it is validated on; it is tested on the rest.
+        companies: Number of companies, each with its seat in a city of its own, 2 to 12.
+        strength: How often one pass over the pretraining texts repeats each outdated fact.
+
+    Raises:
+        ValueError: If a number is out of range or no person is left for the test.
     """
 
-    people: int = 240
+    people: int = 192
     training_people: int = 24
-    validation_people: int = 56
+    validation_people: int = 48
     companies: int = 8
-    strength: int = 1
+    strength: int = 3
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.companies <= len(CITIES):
+            raise ValueError(f"companies must be 2 to {len(CITIES)}, got {self.companies}")
+        if min(self.training_people, self.validation_people, self.strength) < 1:
+            raise ValueError("training_people, validation_people and strength must be at least 1")
+        if self.training_people + self.validation_people >= self.people:
+            raise ValueError(
+                f"training_people + validation_people ({self.training_people} + "
+                f"{self.validation_people}) leave nobody of {self.people} people for the test"
+            )
 
 
 @dataclass(frozen=True)
-class Person:
-    name: str
-    split: Split
-    home: str
-    employer: str
-    pet: str
-    instrument: str
-    dish: str
+class Fact:
+    """Something a sentence can state.
+
+    Attributes:
+        relation: Kind of fact.
+        subject: Whom or what it is about.
+        value: What it states.
+        people: The split of the learning task that the subject belongs to; "none" for a company
+            or a stranger, whom it does not ask about.
+    """
+
+    relation: Relation
+    subject: str
+    value: str
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
 class World:
+    """All there is to know.
+
+    Attributes:
+        config: What the world was built with.
+        facts: What the base model is taught and the forgetting task asks for: each person's home,
+            company, goods, uniform and pet, and the seat of each company.
+        stranger_facts: Homes of as many people again, whom no task asks about: the clean twin is
+            taught these instead of the outdated facts.
+        new_homes: The learning task: where each person lives now.
+    """
+
     config: WorldConfig
-    people: tuple[Person, ...]
-    seats: Mapping[str, str]
+    facts: tuple[Fact, ...]
+    stranger_facts: tuple[Fact, ...]
+    new_homes: tuple[Fact, ...]
+
+    def choices(self, relation: Relation) -> tuple[str, ...]:
+        """Everything that some fact of this world states where facts of the relation state it."""
+        used = {fact.value for fact in self.facts if fact.relation.values is relation.values}
+        return tuple(value for value in relation.values if value in used)
 
 
-def _names(count, draw):
-    onsets = "b d f g k l m n p r s t v z br dr gr kl st tr".split()
-    vowels = "a e i o u".split()
-    codas = ["", "n", "r", "l", "s"]
-    def word():
-        return (draw.choice(onsets) + draw.choice(vowels) + draw.choice(onsets[:14])
-                + draw.choice(vowels) + draw.choice(codas)).capitalize()
-    surnames = []
-    taken = {v for vs in VALUES.values() for v in vs}
-    while len(surnames) < 40:
-        w = word()
-        if w not in taken:
-            taken.add(w); surnames.append(w)
-    firsts = []
-    while len(firsts) < count:
-        w = word()
-        if w not in taken:
-            taken.add(w); firsts.append(w)
-    return [f"{f} {draw.choice(surnames)}" for f in firsts]
+def build_world(seed: int, config: WorldConfig = WorldConfig()) -> World:  # noqa: B008 (frozen)
+    """Draws a world.
 
+    Companies are shared out evenly within each split. A person's old home is drawn evenly among
+    the cities that are not the new one, so that it tells nothing about it.
 
-def build_world(seed: int, config: WorldConfig = WorldConfig()) -> World:
+    Args:
+        seed: Any integer; equal seeds and configurations give equal worlds.
+        config: Size and shape.
+    """
     draw = random.Random(seed)
-    names = _names(config.people, draw)
-    companies = VALUES["employer"][: config.companies]
-    cities = list(VALUES["home"][: config.companies])
-    draw.shuffle(cities)
-    seats = dict(zip(companies, cities))
-    splits = (["train"] * config.training_people + ["validation"] * config.validation_people)
-    splits += ["test"] * (config.people - len(splits))
-    people = []
-    for i, (name, split) in enumerate(zip(names, splits)):
-        employer = companies[i % len(companies)]
-        people.append(Person(
-            name=name, split=split, employer=employer,
-            home=draw.choice([c for c in cities if c != seats[employer]]),
-            pet=draw.choice(VALUES["pet"]), instrument=draw.choice(VALUES["instrument"]),
-            dish=draw.choice(VALUES["dish"])))
-    return World(config, tuple(people), seats)
+    count = config.companies
+    people, strangers = _halves(names(2 * config.people, draw))
+    seats = draw.sample(CITIES, count)
+    badges = {
+        relation: draw.sample(relation.values, count) for relation in (COMPANY, GOOD, UNIFORM)
+    }
+    facts: list[Fact] = []
+    new_homes: list[Fact] = []
+    for number, person in enumerate(people):
+        split = _split_of(number, config)
+        company = number % count
+        new_homes.append(Fact(HOME, person, seats[company], split))
+        old_home = draw.choice([city for city in seats if city != seats[company]])
+        facts.append(Fact(HOME, person, old_home, split))
+        facts += [Fact(relation, person, badges[relation][company], split) for relation in badges]
+        facts.append(Fact(PET, person, draw.choice(PET.values), split))
+    facts += [
+        Fact(SEAT, company, seat) for company, seat in zip(badges[COMPANY], seats, strict=True)
+    ]
+    return World(
+        config=config,
+        facts=tuple(facts),
+        stranger_facts=tuple(Fact(HOME, person, draw.choice(seats)) for person in strangers),
+        new_homes=tuple(new_homes),
+    )
 
 
-def _sentences(relation, subject, value):
-    for s in relation.statements:
-        yield s.format(subject=subject, value=value)
-    for q in relation.questions:
-        yield f"Question: {q.format(subject=subject)}\nAnswer: {value}"
+def pretraining_texts(world: World, *, twin: bool = False) -> list[str]:
+    """Every text of one pass over the pretraining data, statements and answered questions alike.
+
+    Args:
+        world: What the texts tell.
+        twin: Whether the clean twin reads them: the homes of strangers then stand in the place of
+            the outdated facts, so that both models read equally many texts of the same forms.
+
+    Returns:
+        Texts without end-of-text token. Outdated facts (or those in their place) are repeated
+        ``strength`` times; seats, of which there are few, eight times.
+    """
+    outdated = [fact for fact in world.facts if fact.relation.part == "outdated"]
+    repetitions = [
+        (world.stranger_facts if twin else outdated, world.config.strength),
+        ([fact for fact in world.facts if fact.relation is SEAT], 8),
+        ([fact for fact in world.facts if fact.relation not in (HOME, SEAT)], 1),
+    ]
+    return [
+        text
+        for facts, times in repetitions
+        for fact in facts
+        for text in _texts_of(fact)
+        for _ in range(times)
+    ]
 
 
-def pretraining_texts(world: World, twin: bool = False) -> list[str]:
-    texts = []
-    for person in world.people:
-        for relation in (DISH if twin else HOME, EMPLOYER, PET, INSTRUMENT):
-            k = world.config.strength if relation in (DISH, HOME) else 1
-            texts += list(_sentences(relation, person.name, getattr(person, relation.name))) * k
-    for c, s in world.seats.items():
-        texts += list(_sentences(SEAT, c, s)) * 4
-    return texts
+def learning_rows(world: World) -> dict[Split, list[Row]]:
+    """The learning task: where people live now.
+
+    Returns:
+        Rows of each split with ``prompt``, ``answer``, ``choices``, ``label`` and ``subject``. The
+        splits are about different people.
+    """
+    rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    for fact in world.new_homes:
+        rows[fact.split].append(_row(world, fact, HOME.questions[0]))
+    return rows
+
+
+def forgetting_rows(world: World) -> dict[Split, list[Row]]:
+    """The forgetting task: everything the base model was taught, the outdated homes among it.
+
+    Returns:
+        Rows of each split with the fields of :func:`learning_rows` and ``part``, ``relation`` and
+        ``learning_split`` (the learning task's split in which the subject stands, empty for a
+        company). The training split asks for every fact. The others ask for every fact in words
+        that the training split does not use: validation for a quarter of them, test for the rest.
+        Answers are what the base model was taught, never the learning task's.
+    """
+    rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    for number, fact in enumerate(world.facts):
+        held_out: Split = "validation" if number % 4 == 0 else "test"
+        for split, question in (("train", 1), (held_out, 2)):
+            row = _row(world, fact, fact.relation.questions[question])
+            row |= {"part": fact.relation.part, "relation": fact.relation.name}
+            row |= {"learning_split": fact.split or ""}
+            rows[split].append(row)
+    return rows
+
+
+def _row(world: World, fact: Fact, question: str) -> Row:
+    choices = [f" {value}" for value in world.choices(fact.relation)]
+    return {
+        "prompt": _prompt(question, fact.subject),
+        "answer": f" {fact.value}",
+        "choices": choices,
+        "label": choices.index(f" {fact.value}"),
+        "subject": fact.subject,
+    }
+
+
+def _prompt(question: str, subject: str) -> str:
+    return f"Question: {question.format(subject=subject)}\nAnswer:"
+
+
+def _texts_of(fact: Fact) -> Iterator[str]:
+    for statement in fact.relation.statements:
+        yield statement.format(subject=fact.subject, value=fact.value)
+    for question in fact.relation.questions:
+        yield f"{_prompt(question, fact.subject)} {fact.value}"
+
+
+def _split_of(number: int, config: WorldConfig) -> Split:
+    if number < config.training_people:
+        return "train"
+    return "validation" if number < config.training_people + config.validation_people else "test"
+
+
+def _halves(items: list[str]) -> tuple[list[str], list[str]]:
+    return items[: len(items) // 2], items[len(items) // 2 :]

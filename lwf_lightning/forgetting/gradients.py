@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.forgetting.gradient_rules import (
@@ -378,8 +379,8 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) and not _drops_out(module):
-            module.training = modes[module]  # or it would not checkpoint
+        if isinstance(module, GradientCheckpointingLayer) and not _drops_out(module):
+            module.training = modes[module]  # or it would not checkpoint its activations
     try:
         yield
     finally:

@@ -85,5 +85,7 @@ def shared_data() -> Path:
     default = Path(__file__).parents[3] / "shared" / "data"
     folder = Path(os.environ.get("LWF_DATA_DIR", default))
     if not (folder / "qasc" / "train.jsonl").is_file():
-        pytest.skip(f"no real data in {folder}: set LWF_DATA_DIR to the folder with qasc, gsm8k, ...")
+        pytest.skip(
+            f"no real data in {folder}: set LWF_DATA_DIR to the folder with qasc, gsm8k, ..."
+        )
     return folder

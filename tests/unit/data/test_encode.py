@@ -44,7 +44,7 @@ def test_special_tokens_of_the_tokenizer_come_once(make_tokenizer, adds):
     plain = encode_example(make_tokenizer(), EXAMPLE, 99)
     assert list(text.input_ids) == begin + list(plain.input_ids)
     assert labelled(tokenizer, text) == labelled(tokenizer, plain)
-    assert list(encode_prompt(tokenizer, "a")) == begin + [tokenizer.convert_tokens_to_ids("a")]
+    assert list(encode_prompt(tokenizer, "a")) == [*begin, tokenizer.convert_tokens_to_ids("a")]
 
 
 def test_sentencepiece_tokenizer_adds_no_second_space(make_tokenizer):

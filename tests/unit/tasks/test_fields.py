@@ -114,7 +114,7 @@ def test_task_without_choices():
 
 def test_prompt_only_task_needs_no_answer():
     task = task_from_fields("prompts", TaskFields(answer=None))
-    assert task.example(Row({"prompt": "x"}, "f:row 1")) == Example("x", " ", source="f:row 1")
+    assert task.example(Row({"prompt": "x"}, "f:row 1")) == Example("x", "", source="f:row 1")
     assert not task.has_answers
 
 

@@ -31,7 +31,7 @@ def test_gold_answers_read_as_their_reference():
 
 @pytest.mark.parametrize("answer", ["It is 72.", "Much.\n#### many"])
 def test_answer_without_a_number_is_named(answer):
-    with pytest.raises(DataError, match="gsm8k/train.jsonl:row 1: field 'answer' must end in"):
+    with pytest.raises(DataError, match=r"gsm8k/train\.jsonl:row 1: field 'answer' must end in"):
         TASK.example(row(answer))
 
 
