@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
-from lwf_lightning.callbacks.progress import PhaseProgressBar
+from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
 from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.module import LWFModule
 from lwf_lightning.trainer import LWFTrainer
@@ -43,15 +43,16 @@ def main(args: list[str] | None = None) -> LWFCLI:
     Args:
         args: Arguments instead of ``sys.argv[1:]``.
     """
-    return LWFCLI(
-        LWFModule,
-        LWFDataModule,
-        trainer_class=LWFTrainer,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=SaveFitConfig,
-        seed_everything_default=0,
-        trainer_defaults={"callbacks": [PhaseProgressBar()]},
-        args=args,
-    )
+    with clear_errors():
+        return LWFCLI(
+            LWFModule,
+            LWFDataModule,
+            trainer_class=LWFTrainer,
+            parser_class=OneLineErrorParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveFitConfig,
+            seed_everything_default=0,
+            args=args,
+        )

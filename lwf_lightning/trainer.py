@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lwf_lightning.callbacks.fisher import FisherCallback
+from lwf_lightning.callbacks.progress import PhaseProgressBar
 from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.report import score_rows, write_jsonl
@@ -40,6 +42,9 @@ class LWFTrainer(L.Trainer):
         *args: See Lightning's Trainer.
         logger: True for TensorBoard and a CSV file, side by side in
             ``<default_root_dir>/version_<n>``; False for none; or loggers of your own.
+        callbacks: See Lightning's Trainer.
+        enable_progress_bar: Whether to show progress: with the phase, unless ``callbacks`` holds
+            a progress bar of your own.
         default_root_dir: Folder of this experiment's runs.
         **kwargs: See Lightning's Trainer.
     """
@@ -48,6 +53,8 @@ class LWFTrainer(L.Trainer):
         self,
         *args: Any,
         logger: Logger | Iterable[Logger] | bool | None = True,
+        callbacks: list[L.Callback] | L.Callback | None = None,
+        enable_progress_bar: bool | None = None,
         default_root_dir: str | Path = "runs",
         **kwargs: Any,
     ) -> None:
@@ -57,7 +64,19 @@ class LWFTrainer(L.Trainer):
             board = TensorBoardLogger(default_root_dir, name="")
             table = CSVLogger(default_root_dir, name="", version=f"version_{board.version}")
             logger = [board, table]
-        super().__init__(*args, logger=logger, default_root_dir=default_root_dir, **kwargs)
+        callbacks = [callbacks] if isinstance(callbacks, L.Callback) else list(callbacks or [])
+        if enable_progress_bar is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            callbacks.append(PhaseProgressBar())
+        super().__init__(
+            *args,
+            logger=logger,
+            callbacks=callbacks,
+            enable_progress_bar=enable_progress_bar,
+            default_root_dir=default_root_dir,
+            **kwargs,
+        )
 
     def elicit(
         self,
@@ -131,7 +150,7 @@ class LWFTrainer(L.Trainer):
             )
         # Nothing is trained or validated, so nothing may be logged or saved either.
         self.callbacks: list[L.Callback] = [
-            *(c for c in self.callbacks if not isinstance(c, Checkpoint)),
+            *(c for c in self.callbacks if not isinstance(c, (Checkpoint, SaveConfigCallback))),
             stop,
         ]
         self.loggers = []

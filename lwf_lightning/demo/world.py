@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lwf_lightning.demo.words import CITIES, COLOURS, COMPANIES, GOODS, PETS, names
+from lwf_lightning.demo.words import CITIES, COLOURS, COMPANIES, GOODS, PETS, full_names
 
 Part: TypeAlias = Literal["outdated", "helpful", "neutral"]
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -186,8 +186,8 @@ class Fact:
         relation: Kind of fact.
         subject: Whom or what it is about.
         value: What it states.
-        people: The split of the learning task that the subject belongs to; "none" for a company
-            or a stranger, whom it does not ask about.
+        split: The split of the learning task that the subject belongs to; None for a company or a
+            stranger, whom it does not ask about.
     """
 
     relation: Relation
@@ -220,7 +220,7 @@ class World:
         return tuple(value for value in relation.values if value in used)
 
 
-def build_world(seed: int, config: WorldConfig = WorldConfig()) -> World:  # noqa: B008 (frozen)
+def build_world(seed: int, config: WorldConfig = WorldConfig()) -> World:
     """Draws a world.
 
     Companies are shared out evenly within each split. A person's old home is drawn evenly among
@@ -232,7 +232,7 @@ def build_world(seed: int, config: WorldConfig = WorldConfig()) -> World:  # noq
     """
     draw = random.Random(seed)
     count = config.companies
-    people, strangers = _halves(names(2 * config.people, draw))
+    people, strangers = _halves(full_names(2 * config.people, draw))
     seats = draw.sample(CITIES, count)
     badges = {
         relation: draw.sample(relation.values, count) for relation in (COMPANY, GOOD, UNIFORM)
@@ -292,10 +292,11 @@ def learning_rows(world: World) -> dict[Split, list[Row]]:
         Rows of each split with ``prompt``, ``answer``, ``choices``, ``label`` and ``subject``. The
         splits are about different people.
     """
-    rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
-    for fact in world.new_homes:
-        rows[fact.split].append(_row(world, fact, HOME.questions[0]))
-    return rows
+    question = HOME.questions[0]
+    return {
+        split: [_row(world, fact, question) for fact in world.new_homes if fact.split == split]
+        for split in SPLITS
+    }
 
 
 def forgetting_rows(world: World) -> dict[Split, list[Row]]:
@@ -311,7 +312,8 @@ def forgetting_rows(world: World) -> dict[Split, list[Row]]:
     rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
     for number, fact in enumerate(world.facts):
         held_out: Split = "validation" if number % 4 == 0 else "test"
-        for split, question in (("train", 1), (held_out, 2)):
+        asked: tuple[tuple[Split, int], ...] = (("train", 1), (held_out, 2))
+        for split, question in asked:
             row = _row(world, fact, fact.relation.questions[question])
             row |= {"part": fact.relation.part, "relation": fact.relation.name}
             row |= {"learning_split": fact.split or ""}
@@ -320,12 +322,12 @@ def forgetting_rows(world: World) -> dict[Split, list[Row]]:
 
 
 def _row(world: World, fact: Fact, question: str) -> Row:
-    choices = [f" {value}" for value in world.choices(fact.relation)]
+    choices = world.choices(fact.relation)
     return {
         "prompt": _prompt(question, fact.subject),
-        "answer": f" {fact.value}",
-        "choices": choices,
-        "label": choices.index(f" {fact.value}"),
+        "answer": fact.value,
+        "choices": list(choices),
+        "label": choices.index(fact.value),
         "subject": fact.subject,
     }
 

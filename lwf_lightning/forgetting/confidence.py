@@ -16,7 +16,6 @@ from lwf_lightning.forgetting.gradients import (
     TextLoss,
     as_matrix,
     reduce_gradients,
-    row_slices,
 )
 from lwf_lightning.forgetting.tensors import check_fit
 from lwf_lightning.forgetting.weights import trainable_parameters
@@ -54,6 +53,7 @@ class ForgettingConfidence:
         return self.alpha**2 / 2 * self.sensitivity - self.alpha * self.alignment
 
 
+@torch.inference_mode(False)
 def forgetting_confidence(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -108,7 +108,7 @@ def forgetting_confidence(
         )
     if alpha is None:
         alpha = automatic_alpha(alignment, sensitivity)
-    return ForgettingConfidence(alignment, sensitivity, alpha, sink.constant())
+    return ForgettingConfidence(alignment, sensitivity, alpha, sink.constant)
 
 
 def automatic_alpha(alignment: Tensor, sensitivity: Tensor, multiple: float = 10.0) -> float:
@@ -145,51 +145,37 @@ def automatic_alpha(alignment: Tensor, sensitivity: Tensor, multiple: float = 10
 class _InnerProducts:
     """<F d, g> and <F g, g> of every text."""
 
+    @torch.no_grad()
     def __init__(
         self, model: nn.Module, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
     ) -> None:
-        self.base = trainable_parameters(model)
-        self.fisher = fisher
-        self.anchor = anchor
+        self.fisher: dict[str, Tensor] = {}
+        self.weighted_difference: dict[str, Tensor] = {}  # F d, as large as a gradient
+        self.constant = 0.0
+        for name, base in trainable_parameters(model).items():
+            self.fisher[name] = fisher[name].to(base.device, torch.float32)
+            difference = base.float() - anchor[name].to(base.device, torch.float32)
+            weighted = self.fisher[name] * difference
+            self.constant += torch.dot(weighted.flatten(), difference.flatten()).item() / 2
+            self.weighted_difference[name] = weighted
+        self.device = base.device
         self.alignment: list[Tensor] = []
         self.sensitivity: list[Tensor] = []
 
     def begin(self, texts: int) -> None:
         """Adds a place for every text of the batch."""
-        device = next(iter(self.base.values())).device
-        self.alignment.append(torch.zeros(texts, device=device))
-        self.sensitivity.append(torch.zeros(texts, device=device))
+        self.alignment.append(torch.zeros(texts, device=self.device))
+        self.sensitivity.append(torch.zeros(texts, device=self.device))
 
     def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
         """Adds the block's share of both inner products."""
         alignment, sensitivity = self.alignment[-1], self.sensitivity[-1]
-        root, difference = self._root_and_difference(name, rows)
-        scaled_difference = (root * difference).flatten()
+        fisher = as_matrix(self.fisher[name])[rows]
+        weighted_difference = as_matrix(self.weighted_difference[name])[rows].flatten()
 
         def reduce(text: int, block: Tensor) -> None:
-            scaled = block.mul_(root).flatten()
-            sensitivity[text] += torch.dot(scaled, scaled)
-            alignment[text] += torch.dot(scaled, scaled_difference.to(scaled.dtype))
+            gradient = block.float().flatten()
+            alignment[text] += torch.dot(weighted_difference, gradient)
+            sensitivity[text] += torch.dot((fisher * block).float().flatten(), gradient)
 
         return reduce
-
-    @torch.no_grad()
-    def constant(self) -> float:
-        """1/2 <F d, d>."""
-        total = 0.0
-        for name, parameter in self.base.items():
-            for rows in row_slices(as_matrix(parameter)):
-                root, difference = self._root_and_difference(name, rows)
-                total += (root * difference).double().square().sum().item()
-        return total / 2
-
-    def _root_and_difference(self, name: str, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """The square root of F, so that a block is scaled once for both, and d."""
-        base = as_matrix(self.base[name].detach())
-        fisher = _rows(self.fisher[name], rows).to(base.device, torch.float32)
-        anchor = _rows(self.anchor[name], rows).to(base.device, torch.float32)
-        return fisher.sqrt(), base[rows].float() - anchor
-
-
-def _rows(tensor: Tensor, rows: slice | Tensor) -> Tensor:
-    return as_matrix(tensor)[rows if isinstance(rows, slice) else rows.to(tensor.device)]

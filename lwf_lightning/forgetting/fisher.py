@@ -74,6 +74,7 @@ def diagonal_fisher(
     return sums
 
 
+@torch.inference_mode(False)
 def fisher_sums(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -203,7 +203,7 @@ def _nonzero_spans(backprop: Tensor) -> list[tuple[int, int]]:
     """First and one past the last nonzero token of each text; (0, 0) where all are zero."""
     tokens = backprop.shape[1]
     position = torch.arange(tokens, device=backprop.device)
-    active = backprop.ne(0).any(dim=-1)
+    active = torch.linalg.vector_norm(backprop, ord=torch.inf, dim=-1) != 0
     first = torch.where(active, position, tokens).amin(dim=1)
     stop = torch.where(active, position + 1, 0).amax(dim=1)
     spans = torch.stack([torch.minimum(first, stop), stop], dim=1).tolist()

@@ -85,7 +85,7 @@ def reduce_gradients(
 
     The model is run in evaluation mode (a layer that checkpoints its activations goes on doing
     so) and left exactly as it was: ``.grad``, ``requires_grad``, hooks and modes. It works where
-    gradients are off, as in a validation hook.
+    gradients are off, as in a validation hook; the caller has to leave inference mode.
 
     Args:
         model: Any causal LM; its trainable parameters are those that require a gradient.
@@ -108,7 +108,6 @@ def reduce_gradients(
     device = next(iter(parameters.values())).device
     torch.clear_autocast_cache()  # it may hold casts of weights that were exchanged since
     with (
-        torch.inference_mode(False),
         torch.enable_grad(),
         _evaluation_mode(model),
         _Capture(model, parameters, sink, text_loss) as capture,

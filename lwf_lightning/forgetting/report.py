@@ -52,7 +52,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], ends: int = 10) -> str:
         if row is None:
             lines.append("| … | | | |")
             continue
-        prompt, answer = (" ".join(row[key].split()).replace("|", "\\|") for key in ("prompt", "answer"))
+        prompt, answer = (
+            " ".join(row[key].split()).replace("|", "\\|") for key in ("prompt", "answer")
+        )
         mark = "yes" if row["selected"] else ""
         lines.append(f"| {row['confidence']:.4g} | {mark} | {prompt} | {answer} |")
     return "\n".join(lines)

@@ -59,7 +59,9 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(exist_ok=True)
             lines = []
             for _ in range(rows):
-                row: dict[str, Any] = {"prompt": " ".join(draw.choices(WORDS, k=draw.randint(2, 6)))}
+                row: dict[str, Any] = {
+                    "prompt": " ".join(draw.choices(WORDS, k=draw.randint(2, 6)))
+                }
                 if choices:
                     row["choices"] = [" ".join(draw.choices(WORDS, k=2)) for _ in range(choices)]
                     row["label"] = draw.randrange(choices)

@@ -106,7 +106,10 @@ def test_ascent_raises_the_loss_of_the_forget_set_and_replay_lowers_it(
     make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
 ) -> None:
     def change(objective: str) -> float:
-        module, data = make_module(schedule="ahead", ahead_steps=6, objective=objective), make_data()
+        module, data = (
+            make_module(schedule="ahead", ahead_steps=6, objective=objective),
+            make_data(),
+        )
         trainer = make_trainer(max_steps=1, callbacks=[make_callback()])
         trainer.fit(module, data)
         nll = column(trainer, "unlearn/nll")
@@ -164,7 +167,9 @@ def test_lora_trains_the_adapter_and_unlearns_through_it(
 ) -> None:
     from peft import LoraConfig
 
-    module = make_module(lora=LoraConfig(r=2, target_modules=["q_proj"]), gradient_checkpointing=True)
+    module = make_module(
+        lora=LoraConfig(r=2, target_modules=["q_proj"]), gradient_checkpointing=True
+    )
     trainer = make_trainer(callbacks=[make_callback()])
     trainer.fit(module, make_data())
     assert module.unlearning_steps == 2
@@ -303,7 +308,9 @@ def test_hyperparameters_load_as_primitives(
 
     from lwf_lightning import LWFModule
 
-    module = make_module(schedule="never", lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    module = make_module(
+        schedule="never", lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    )
     trainer = make_trainer(max_steps=1)
     trainer.fit(module, make_data())
     trainer.save_checkpoint(tmp_path / "last.ckpt")

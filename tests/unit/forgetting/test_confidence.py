@@ -197,7 +197,7 @@ def test_a_score_that_is_not_finite_is_named(
     model, texts = oracle.make_model("llama"), make_texts(3)
     huge = {name: torch.full_like(p, 1e36) for name, p in model.named_parameters()}
 
-    with pytest.raises(ValueError, match="score of text 0 .* not finite"):
+    with pytest.raises(ValueError, match=r"score of text 0 .* not finite"):
         forgetting_confidence(
             model,
             batches_of(texts, 3, oracle.PAD),

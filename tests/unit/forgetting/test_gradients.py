@@ -302,9 +302,15 @@ def test_it_works_where_gradients_are_off(
 ) -> None:
     model, texts = oracle.make_model(name), make_texts(3)
 
+    anchor, batches = oracle.nearby_weights(model), list(batches_of(texts, 3, oracle.PAD))
     with mode():
-        fisher = diagonal_fisher(model, batches_of(texts, 3, oracle.PAD))
+        inside = list(batches_of(texts, 3, oracle.PAD))
+        fisher = diagonal_fisher(model, inside)
+        scores = forgetting_confidence(model, inside, fisher=fisher, anchor=anchor)
 
+    expected = forgetting_confidence(model, batches, fisher=fisher, anchor=anchor)
+    torch.testing.assert_close(scores.confidence, expected.confidence)
+    assert not any(value.is_inference() for value in (*fisher.values(), scores.alignment))
     oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))
 
 

@@ -11,15 +11,15 @@ from lwf_lightning.forgetting import tensors
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
 
 
-def test_views_and_shared_memory_are_written_as_they_look(tmp_path: Path) -> None:
+def test_views_are_written_as_they_look(tmp_path: Path) -> None:
     matrix = torch.arange(6.0).view(2, 3)
     file = tmp_path / "t.safetensors"
 
-    save_tensors(file, {"turned": matrix.T, "row": matrix[0], "same": matrix[0]})
+    save_tensors(file, {"turned": matrix.T, "row": matrix[0]})
 
     loaded = load_tensors(file)
     torch.testing.assert_close(loaded["turned"], matrix.T)
-    torch.testing.assert_close(loaded["row"], loaded["same"])
+    torch.testing.assert_close(loaded["row"], matrix[0])
 
 
 def test_a_failed_write_leaves_the_old_file(

@@ -1,0 +1,99 @@
+"""Errors of the command line in one clear line: what is wrong, where, and the way out."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lwf_lightning.errors import NonFiniteLossError
+
+_PACKAGE = Path(__file__).parent
+
+
+class OneLineErrorParser(LightningArgumentParser):
+    """A parser whose errors are a line and a tip, not two screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message and exits with status 2."""
+        if not self.exit_on_error:  # an inner parser, one of several attempts
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        fail(parser._with_suggestion(one_line(message)), f"all options: {program} --help")
+
+    def _with_suggestion(self, message: str) -> str:
+        if found := re.search(r"unrecognized arguments: (--[\w.+-]+)", message):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = get_close_matches(found.group(1), known, n=1)
+            return f"{message}; did you mean {close[0]}?" if close else message
+        if found := re.search(r"does not accept option '([\w.]+)'", message):
+            known = [action.dest for action in self._actions]
+            close = get_close_matches(found.group(1), known, n=1)
+            return f"{message}; did you mean {close[0]!r}?" if close else message
+        if found := re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", message):
+            path, option = found.groups()
+            where = message.split(":", 1)[0]
+            close = get_close_matches(option, _options_of(path), n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            return f"{where}: {path} has no option {option!r}{meant} (all: {where}.help {path})"
+        return message
+
+
+def one_line(message: str) -> str:
+    """Reduces a message of jsonargparse to its cause, after the flag that it belongs to."""
+    flag = re.match(r'Parser key "([\w.]+)":\s*', message)
+    where = f"--{flag.group(1)}: " if flag else ""
+    body = message[flag.end() :] if flag else message
+    if "\nErrors:\n" in body or "  Errors:\n" in body:
+        # One item per type that was tried; the last is always "Expected a NoneType".
+        errors = body.split("Errors:\n", 1)[1].split("Given value type:", 1)[0]
+        body = re.split(r"\n\s*- ", "\n" + errors)[1]
+    body = body.removeprefix("Problem with given ")
+    body = " ".join(body.split())
+    if found := re.match(r"class_path '[\w.]+': Parser key \"([\w.]+)\": (.*)", body):
+        where, body = f"{where.removesuffix(': ')}.init_args.{found.group(1)}: ", found.group(2)
+    return where + re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", body)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turns errors that this package raises on purpose into one line and exit status 1.
+
+    Anything else, a defect, keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, NonFiniteLossError) as error:
+        deliberate = "does not validate" in str(error).lower() or _raised_here(error)
+        if not deliberate:
+            raise
+        fail(one_line(str(error)), status=1)
+
+
+def fail(message: str, tip: str = "", *, status: int = 2) -> NoReturn:
+    """Prints an error and perhaps a tip to stderr, and exits."""
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    if tip:
+        print(tip, file=sys.stderr)  # noqa: T201
+    raise SystemExit(status)
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+
+
+def _options_of(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    loaded: Any = getattr(import_module(module), name)
+    return list(inspect.signature(loaded).parameters)

@@ -1,0 +1,187 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lwf_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: Path, data_folder: Path) -> dict[str, Any]:
+    return {
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "default_root_dir": str(tmp_path / "runs"),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "val_check_interval": 2,
+            "callbacks": [
+                {
+                    "class_path": "lwf_lightning.FisherCallback",
+                    "init_args": {"probe_steps": 2, "fisher_texts": 5},
+                },
+                {"class_path": "lwf_lightning.callbacks.ValidateFirst"},
+            ],
+        },
+        "model": {
+            "class_path": "lwf_lightning.LWFModule",
+            "init_args": {"model_name": str(model_folder), "unlearning_interval": 2},
+        },
+        "data": {
+            "class_path": "lwf_lightning.LWFDataModule",
+            "init_args": {
+                "data_dir": str(data_folder),
+                "learning_task": "learn",
+                "forgetting_tasks": ["forget"],
+                "custom_tasks": {"learn": {"choices": "choices", "label": "label"}, "forget": {}},
+                "batch_size": 4,
+                "max_new_tokens": 4,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+        },
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: dict[str, Any]) -> Callable[..., Any]:
+    def call(command: str, *arguments: str) -> Any:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return main([command, "--config", str(path), *arguments])
+
+    return call
+
+
+def test_fit_then_validate_test_and_predict(run: Callable[..., Any], tmp_path: Path) -> None:
+    fitted = run("fit")
+    folder = Path(fitted.trainer.log_dir)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.csv", "checkpoints", "fisher.safetensors", "scores"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    for figure in (
+        *("train/loss", "train/learning_rate", "unlearn/loss", "unlearn/nll", "val/accuracy"),
+        *("val/loss", "forget/accuracy_forget", "forget/alpha", "forget/texts_selected"),
+    ):
+        assert figure in header
+    checkpoint = str(next((folder / "checkpoints").glob("*.ckpt")))
+    before = (folder / "config.yaml").read_text()
+    tested = run("test", "--ckpt_path", checkpoint).trainer.callback_metrics
+    assert 0 <= tested["test/accuracy"] <= 1
+    assert "val/accuracy" in run("validate", "--ckpt_path", checkpoint).trainer.callback_metrics
+    run("predict", "--ckpt_path", checkpoint)
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_saved_configuration_runs_again(run: Callable[..., Any]) -> None:
+    saved = Path(run("fit").trainer.log_dir) / "config.yaml"
+    again = main(["fit", "--config", str(saved)])
+    assert again.trainer.global_step == 4
+
+
+def test_score_writes_what_a_person_can_read(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "deep" / "scores.jsonl"
+    run("score", "--output", str(output))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "texts scored" in capsys.readouterr().out
+    assert list(rows[0]) == [
+        *("task", "row", "prompt", "answer", "alignment", "sensitivity", "confidence", "selected")
+    ]
+    confidences = [row["confidence"] for row in rows]
+    assert confidences == sorted(confidences, reverse=True)
+    chosen = sum(row["selected"] for row in rows)
+    assert chosen == -(-len(rows) // 4)
+    assert all(row["selected"] for row in rows[:chosen])
+
+
+def test_elicit_writes_answers_and_the_second_run_takes_them_from_the_cache(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    run("elicit", "--output", str(output))
+    first = output.read_text()
+    assert set(json.loads(first.splitlines()[0])) == {"task", "row", "prompt", "answer"}
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("generated again")
+
+    # the package offers the function of the same name, so the module is asked for by path
+    module = importlib.import_module("lwf_lightning.forgetting.elicit")
+    monkeypatch.setattr(module, "generate_answers", forbidden)
+    run("elicit", "--output", str(output))
+    assert output.read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.init_args.learning_rat", "3"], "no option 'learning_rat'; did you mean 'learning_rate'?"),
+        (["--trainer.max_stps", "3"], "unrecognized arguments: --trainer.max_stps 3; did you mean --trainer.max_steps?"),
+        (["--model.init_args.objective", "bogus"], "--model.init_args.objective: expected one of 'gradient_ascent'"),
+        (["--data.init_args.learning_task", "nope"], "unknown task 'nope'; known: gsm8k, qasc"),
+        (["--data.init_args.data_dir", "/nowhere"], "/nowhere"),
+        (["--model.init_args.model_name", "./nowhere"], "model.init_args.model_name"),
+        (["--model.init_args.unlearning_interval", "0"], "unlearning_interval must be at least 1"),
+        (["--model.init_args.schedule", "never", "--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_in_one_line(
+    arguments: list[str],
+    expected: str,
+    run: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("fit", *arguments)
+    assert stop.value.code != 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert expected in errors[0]
+
+
+def test_mistakes_in_a_yaml_are_answered_too(
+    run: Callable[..., Any], config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["trainer"]["callbacks"][0]["init_args"]["forgetting_rat"] = 0.1
+    with pytest.raises(SystemExit):
+        run("fit")
+    assert "did you mean 'forgetting_rate'?" in capsys.readouterr().err
+    del config["trainer"]["callbacks"][0]["init_args"]["forgetting_rat"]
+    config["trainer"]["callbacks"][0]["init_args"]["forgetting_rate"] = 1.5
+    with pytest.raises(SystemExit):
+        run("fit")
+    assert "error: forgetting_rate must lie in (0, 1], got 1.5" in capsys.readouterr().err
+
+
+def test_help_and_import_do_not_load_what_they_do_not_need() -> None:
+    code = "import sys, lwf_lightning; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    done = subprocess.run(
+        [sys.executable, "cli.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    for command in ("fit", "validate", "test", "predict", "elicit", "score"):
+        assert command in done.stdout

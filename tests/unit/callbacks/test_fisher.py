@@ -1,0 +1,194 @@
+"""FisherCallback: its arguments, and its use with a foreign LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lwf_lightning import FisherCallback
+from lwf_lightning.data.batch import batches_of
+from lwf_lightning.forgetting import (
+    diagonal_fisher,
+    forgetting_confidence,
+    probe_anchor,
+    select_forget_set,
+)
+from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
+from lwf_lightning.losses import per_text_loss
+
+
+class Foreign(L.LightningModule):
+    """Somebody else's module, with automatic optimization."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls = 0
+
+    def per_text_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        self.calls += 1
+        return per_text_loss(self.model, batch)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.per_text_loss(batch).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def fit(
+    module: L.LightningModule, batches: Any, steps: int, *callbacks: L.Callback, **options: Any
+) -> L.Trainer:
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        default_root_dir=options.pop("root", None),
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None), **options)
+    return trainer
+
+
+def test_online_refreshes_in_a_foreign_module(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any], tmp_path: Path
+) -> None:
+    learn = list(batches_of(make_texts(12, seed=1), 3, 0))
+    forget = list(batches_of(make_texts(7, seed=2), 3, 0))
+    callback = FisherCallback(
+        "online", 3, learning_batches=learn, forget_batches=forget, save_tensors=True
+    )
+    plain = Foreign(make_llama())
+    fit(plain, learn, 4)
+    base, module = copy_weights(make_llama()), Foreign(make_llama())
+    fit(module, learn, 4, callback, root=tmp_path)
+
+    # nothing about the training has changed, and the refresh came before the fourth step
+    torch.testing.assert_close(
+        copy_weights(module.model), copy_weights(plain.model), rtol=0, atol=0
+    )
+    assert callback.refreshed_at == 3
+    assert module.calls > plain.calls  # its own loss was asked for
+
+    by_hand = Foreign(make_llama())
+    fit(by_hand, learn, 3)
+    fisher = diagonal_fisher(by_hand.model, learn)
+    with exchanged_weights(by_hand.model, base) as current:
+        scores = forgetting_confidence(by_hand.model, forget, fisher=fisher, anchor=current)
+        expected_anchor = {name: tensor.clone() for name, tensor in current.items()}
+    torch.testing.assert_close(callback.scores.confidence, scores.confidence)
+    assert callback.forget_set == select_forget_set(scores.confidence).tolist()
+
+    kept_fisher, kept_anchor = callback.load_tensors()
+    torch.testing.assert_close(kept_fisher, fisher)
+    torch.testing.assert_close(kept_anchor, expected_anchor)
+
+
+def test_probe_scores_once_before_the_first_step(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    learn = list(batches_of(make_texts(12, seed=1), 3, 0))
+    forget = list(batches_of(make_texts(7, seed=2), 3, 0))
+    callback = FisherCallback(
+        learning_batches=learn,
+        forget_batches=forget,
+        probe_steps=5,
+        probe_learning_rate=1e-2,
+        save_tensors=False,
+        alpha=2.0,
+    )
+    fit(Foreign(make_llama()), learn, 2, callback)
+    assert callback.refreshed_at == 0
+    model = make_llama()
+    anchor = probe_anchor(model, [*learn, learn[0]], learning_rate=1e-2)
+    with exchanged_weights(model, anchor):
+        fisher = diagonal_fisher(model, learn)
+    scores = forgetting_confidence(model, forget, fisher=fisher, anchor=anchor, alpha=2.0)
+    torch.testing.assert_close(callback.scores.confidence, scores.confidence)
+    with pytest.raises(ValueError, match="no Fisher was saved"):
+        callback.load_tensors()
+
+
+def test_the_state_loads_as_primitives_and_tensors(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any], tmp_path: Path
+) -> None:
+    learn = list(batches_of(make_texts(6, seed=1), 3, 0))
+    options: dict[str, Any] = {"learning_batches": learn, "forget_batches": learn}
+    callback = FisherCallback("online", 1, **options)
+    fit(Foreign(make_llama()), learn, 2, callback, root=tmp_path)
+    torch.save(callback.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = FisherCallback("online", 1, **options)
+    other.load_state_dict(state)
+    assert other.forget_set == callback.forget_set
+    torch.testing.assert_close(other.scores.confidence, callback.scores.confidence)
+    torch.testing.assert_close(other.load_tensors(), callback.load_tensors())
+    # the weights of Fisher and anchor are not in the checkpoint
+    assert (tmp_path / "state.pt").stat().st_size < 5000
+
+    Path(state["tensors_file"]).unlink()
+    with pytest.warns(UserWarning, match=r"fisher\.safetensors is gone"):
+        other.load_state_dict(state)
+
+
+def test_should_refresh_may_be_overridden(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    seen = []
+
+    class Twice(FisherCallback):
+        def should_refresh(self, step: int) -> bool:
+            return step in (0, 2)
+
+        def refresh(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            seen.append(trainer.global_step)
+            super().refresh(trainer, pl_module)
+
+    learn = list(batches_of(make_texts(12, seed=1), 3, 0))
+    callback = Twice("online", 99, learning_batches=learn, forget_batches=learn, save_tensors=False)
+    fit(Foreign(make_llama()), learn, 4, callback)
+    assert seen == [0, 2]
+    assert callback.scores is not None
+    assert math.isfinite(callback.scores.alpha)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"anchor": "online"}, "anchor 'online' needs a refresh_interval"),
+        ({"anchor": "probe", "refresh_interval": 5}, "leave out refresh_interval"),
+        ({"anchor": "online", "refresh_interval": 0}, "refresh_interval must be at least 1, got 0"),
+        ({"fisher_texts": 0}, "fisher_texts must be at least 1"),
+        ({"probe_steps": -1}, "probe_steps must be at least 1"),
+        ({"alpha": 0.0}, "alpha must be above 0"),
+        ({"forgetting_rate": 0.0}, r"forgetting_rate must lie in \(0, 1\]"),
+        ({"strategy": "threshold"}, "give `threshold` with strategy 'threshold'"),
+    ],
+)
+def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FisherCallback(**options)
+
+
+def test_a_foreign_module_without_data_or_model_is_refused(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    learn = list(batches_of(make_texts(6, seed=1), 3, 0))
+    with pytest.raises(ValueError, match="needs `learning_batches` and `forget_batches`"):
+        fit(Foreign(make_llama()), learn, 1, FisherCallback())
+    module = Foreign(make_llama())
+    module.net = module.model
+    del module.model
+    with pytest.raises(TypeError, match="must hold its language model as `model`"):
+        fit(module, learn, 1, FisherCallback(learning_batches=learn, forget_batches=learn))
