@@ -67,14 +67,18 @@ def one_line(message: str) -> str:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turns errors that this package raises on purpose into one line and exit status 1.
+    """Turns errors raised on purpose, and missing files, into one line and exit status 1.
 
     Anything else, a defect, keeps its traceback.
     """
     try:
         yield
     except (ValueError, TypeError, OSError, NonFiniteLossError) as error:
-        deliberate = "does not validate" in str(error).lower() or _raised_here(error)
+        deliberate = (
+            isinstance(error, FileNotFoundError)
+            or str(error).startswith("Does not validate")
+            or _raised_here(error)
+        )
         if not deliberate:
             raise
         fail(one_line(str(error)), status=1)

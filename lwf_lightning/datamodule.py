@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -17,6 +16,7 @@ from lwf_lightning.data.encode import encode_examples
 from lwf_lightning.data.evaluation import EvalItem, Evaluation, collate_eval, eval_items
 from lwf_lightning.data.rows import Row, Split
 from lwf_lightning.data.sampler import ResumableLoader, batch_indices, even_shares, seeded_sample
+from lwf_lightning.files import cache_root
 from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
 from lwf_lightning.tasks import (
     ChoiceStyle,
@@ -113,8 +113,8 @@ class LWFDataModule(L.LightningDataModule):
             evaluate_forgetting: Whether to evaluate on the forgetting tasks too.
             max_new_tokens: Limit of a generated answer, in self-generation and evaluation.
             elicit_batch_size: Prompts answered at a time in self-generation; changes no result.
-            cache_dir: Folder that keeps elicited texts for the next run; by default nothing is
-                kept.
+            cache_dir: Folder that keeps elicited texts for the next run; by default
+                ``self_knowledge`` in ``$LWF_CACHE`` or ``~/.cache/lwf_lightning``.
             num_workers: Processes that prepare training batches.
             seed: Seed of the order of batches and of the choice under a limit.
 
@@ -273,7 +273,7 @@ class LWFDataModule(L.LightningDataModule):
             stop=tuple(stop),
             max_prompt_tokens=self.max_length,
             chat_template=self.chat_template,
-            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+            cache_dir=self.cache_dir or cache_root() / "self_knowledge",
         )
         if not knowledge.texts:
             raise ValueError(

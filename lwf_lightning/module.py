@@ -88,7 +88,7 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         self,
         model_name: str = "smollm2-135m",
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         attention: str | None = None,
         gradient_checkpointing: bool = False,
         lora: LoraConfig | None = None,
@@ -105,7 +105,7 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         ahead_steps: int = 20,
         objective: ObjectiveName = "gradient_ascent",
         objective_options: dict[str, float] | None = None,
-        unlearning_scale: float = 1.0,
+        unlearning_scale: float = 0.1,
         unlearning_max_grad_norm: float = 1.0,
         unlearning_ceiling: float = 5.0,
         without_scores: Literal["refuse", "use_all"] = "refuse",
@@ -144,6 +144,11 @@ class LWFModule(EvaluationMixin, L.LightningModule):
             raise ValueError(
                 f"trainer.devices asks for {self.trainer.world_size} processes; "
                 "LWFModule runs on one process so far: set trainer.devices to 1"
+            )
+        if self._trainer is not None and str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                f"trainer.precision {self.trainer.precision} is not supported: its loss scaling "
+                "does not reach unlearning steps. Set it to bf16-mixed or bf16-true"
             )
         self.model = load_model(  # type: ignore[assignment]  # PEFT's wrapper behaves as one
             self.hparams["model_name"],

@@ -161,7 +161,7 @@ class WorldConfig:
     """
 
     people: int = 192
-    training_people: int = 24
+    training_people: int = 48
     validation_people: int = 48
     companies: int = 8
     strength: int = 3

@@ -175,7 +175,8 @@ def test_lora_trains_the_adapter_and_unlearns_through_it(
     assert module.unlearning_steps == 2
     assert module.base_weights is not None
     names = set(module.base_weights)
-    assert names and all("lora_" in name for name in names)
+    assert names
+    assert all("lora_" in name for name in names)
     moved = copy_weights(module.model)
     assert any(not torch.equal(moved[name], module.base_weights[name]) for name in names)
 

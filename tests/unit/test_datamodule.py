@@ -246,7 +246,7 @@ def test_elicit_gets_the_pooled_prompts(make_data, monkeypatch, tmp_path):
     assert asked["tasks"] == ["psychol"] * 4 + ["gsm8k"] * 5
     assert asked["stop"] == ("\nQuestion:",)
     assert (asked["model"], asked["max_new_tokens"]) == ("the model", 7)
-    assert asked["cache_dir"] == tmp_path / "cache"
+    assert asked["cache_dir"] == str(tmp_path / "cache")
     assert len(data.self_knowledge.texts) == 3
 
 
