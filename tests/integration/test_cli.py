@@ -130,27 +130,28 @@ def test_elicit_writes_answers_and_the_second_run_takes_them_from_the_cache(
     assert output.read_text() == first
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--model.init_args.learning_rat", "3"], "no option 'learning_rat'; did you mean 'learning_rate'?"),
-        (["--trainer.max_stps", "3"], "unrecognized arguments: --trainer.max_stps 3; did you mean --trainer.max_steps?"),
-        (["--model.init_args.objective", "bogus"], "--model.init_args.objective: expected one of 'gradient_ascent'"),
-        (["--data.init_args.learning_task", "nope"], "unknown task 'nope'; known: gsm8k, qasc"),
-        (["--data.init_args.data_dir", "/nowhere"], "/nowhere"),
-        (["--model.init_args.model_name", "./nowhere"], "model.init_args.model_name"),
-        (["--model.init_args.unlearning_interval", "0"], "unlearning_interval must be at least 1"),
-        (["--model.init_args.schedule", "never", "--ckpt_path", "missing.ckpt"], "missing.ckpt"),
-    ],
-)  # fmt: skip
+MISTAKES = {
+    "--model.init_args.learning_rat 3": "no option 'learning_rat'; did you mean 'learning_rate'?",
+    "--trainer.max_stps 3": "--trainer.max_stps 3; did you mean --trainer.max_steps?",
+    "--model.init_args.objective bogus": "objective: expected one of 'gradient_ascent'",
+    "--data.init_args.learning_task nope": "unknown task 'nope'; known: gsm8k, qasc",
+    "--data.init_args.data_dir /nowhere": "/nowhere",
+    "--model.init_args.model_name ./nowhere": "model.init_args.model_name",
+    "--model.init_args.unlearning_interval 0": "unlearning_interval must be at least 1",
+    "--model.init_args.schedule never --ckpt_path missing.ckpt": "missing.ckpt",
+    "--trainer.precision 16-true": "trainer.precision 16-true is not supported",
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), MISTAKES.items())
 def test_a_mistake_is_answered_in_one_line(
-    arguments: list[str],
+    arguments: str,
     expected: str,
     run: Callable[..., Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        run("fit", *arguments)
+        run("fit", *arguments.split())
     assert stop.value.code != 0
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

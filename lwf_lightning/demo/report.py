@@ -1,0 +1,120 @@
+"""What the demo shows: figures of its runs, and a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from lwf_lightning.files import whole_file
+from lwf_lightning.forgetting.report import write_jsonl
+
+PARTS = ("outdated", "helpful", "neutral")
+COLOURS = {"vanilla": "#7f7f7f", "LWF": "#d62728", "clean twin": "#1f77b4"}
+PART_COLOURS = {"outdated": "#d62728", "helpful": "#1f77b4", "neutral": "#bbbbbb"}
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """A finished run: its name, its folder, and its figures on the test split."""
+
+    name: str
+    folder: Path
+    test: dict[str, float]
+
+    def curve(self, figure: str) -> tuple[list[int], list[float]]:
+        """Learning steps and values of a logged figure."""
+        with (self.folder / "metrics.csv").open(encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row.get(figure)]
+        return [int(row["step"]) for row in rows], [float(row[figure]) for row in rows]
+
+
+@dataclass(frozen=True)
+class PartScores:
+    """Forgetting confidence of the texts about each part of the world's knowledge.
+
+    Attributes:
+        by_part: Confidences, per part.
+        lowest_selected: Confidence of the last text selected.
+        area: Area under the ROC curve of "outdated" by confidence, 0 to 1; 0.5 is chance.
+    """
+
+    by_part: dict[str, list[float]]
+    lowest_selected: float
+    area: float
+
+
+def confidence_by_part(run_folder: Path, forgetting_rows: Path) -> PartScores:
+    """Joins the scores of a run's last refresh with the world's own account of each prompt.
+
+    Args:
+        run_folder: Folder of a run that scored its self-knowledge.
+        forgetting_rows: JSONL with ``prompt`` and ``part``.
+    """
+    lines = forgetting_rows.read_text(encoding="utf-8").splitlines()
+    part_of = {row["prompt"]: row["part"] for row in map(json.loads, lines)}
+    scored = sorted((run_folder / "scores").glob("step-*.jsonl"))[-1]
+    rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
+    by_part: dict[str, list[float]] = {part: [] for part in PARTS}
+    for row in rows:
+        by_part[part_of[row["prompt"]]].append(row["confidence"])
+    outdated = torch.tensor([part_of[row["prompt"]] == "outdated" for row in rows])
+    # Ranks, since torchmetrics squashes what lies outside [0, 1] by a sigmoid that may saturate.
+    ranks = torch.tensor([1 - index / len(rows) for index in range(len(rows))])
+    return PartScores(
+        by_part=by_part,
+        lowest_selected=min(row["confidence"] for row in rows if row["selected"]),
+        area=float(binary_auroc(ranks, outdated.long())),
+    )
+
+
+def save_rows(runs: Sequence[DemoRun], path: Path) -> None:
+    """Writes one line per run: name, folder and test figures."""
+    write_jsonl(path, ({"run": run.name, "folder": str(run.folder), **run.test} for run in runs))
+
+
+def draw(runs: Sequence[DemoRun], scores: PartScores, path: Path) -> None:
+    """Draws accuracies, learning curves and confidences side by side, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    bars, curves, histogram = figure.subplots(1, 3)
+
+    names = [run.name for run in runs]
+    values = [100 * run.test["test/accuracy"] for run in runs]
+    drawn = bars.bar(names, values, color=[COLOURS[name] for name in names])
+    bars.bar_label(drawn, fmt="%.1f")
+    bars.set(ylabel="test accuracy, %", ylim=(0, 100), title="Learning task after fine-tuning")
+
+    for run in runs:
+        steps, accuracy = run.curve("val/accuracy")
+        curves.plot(
+            steps, [100 * v for v in accuracy], "o-", ms=3, color=COLOURS[run.name], label=run.name
+        )
+    curves.set(xlabel="learning step", ylabel="validation accuracy, %", ylim=(0, 100))
+    curves.set_title("On the way")
+    curves.legend(frameon=False)
+
+    low = min(min(values) for values in scores.by_part.values())
+    high = max(max(values) for values in scores.by_part.values())
+    bins = [low + (high - low) * i / 40 for i in range(41)]
+    histogram.hist(
+        [scores.by_part[part] for part in PARTS],
+        bins=bins,
+        stacked=True,
+        color=[PART_COLOURS[part] for part in PARTS],
+        label=PARTS,
+    )
+    histogram.axvline(
+        scores.lowest_selected, color="black", lw=1, ls="--", label="selected from here"
+    )
+    histogram.set(xlabel="forgetting confidence", ylabel="texts of D_self")
+    histogram.set_title(f"What LWF chose to forget (area under ROC {scores.area:.2f})")
+    histogram.legend(frameon=False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
