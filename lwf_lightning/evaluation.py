@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
 from lwf_lightning.data.evaluation import EvalBatch
+from lwf_lightning.forgetting.report import write_jsonl
 from lwf_lightning.generation import generate_answers
 from lwf_lightning.metrics import (
     ChoiceAccuracy,
@@ -74,7 +77,21 @@ class EvaluationMixin(L.LightningModule):
                     "correct": read == example.reference,
                 }
             )
+        self._predictions.extend(rows)
         return rows
+
+    def on_predict_start(self) -> None:
+        """Starts to collect."""
+        self._predictions: list[dict[str, Any]] = []
+
+    def on_predict_end(self) -> None:
+        """Writes ``predictions.jsonl`` into the run folder."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        write_jsonl(folder / "predictions.jsonl", self._predictions)
+        right = sum(row["correct"] for row in self._predictions)
+        rank_zero_info(
+            f"{right} of {len(self._predictions)} answers are right: {folder}/predictions.jsonl"
+        )
 
     @property
     def _data(self) -> Any:
@@ -124,7 +141,8 @@ class EvaluationMixin(L.LightningModule):
 
     def _report(self, stage: str) -> None:
         for loader, name in enumerate(self._data.eval_names(stage)):
-            self.log(name, self._accuracies[loader].compute(), prog_bar=loader == 0)
+            if loader in self._accuracies:  # else Lightning's limits left its loader empty
+                self.log(name, self._accuracies[loader].compute(), prog_bar=loader == 0)
         if 0 in self._losses:
             total, tokens = self._losses[0]
             self.log(f"{stage}/loss", (total / tokens).float(), prog_bar=True)

@@ -85,7 +85,10 @@ def test_fit_then_validate_test_and_predict(run: Callable[..., Any], tmp_path: P
     tested = run("test", "--ckpt_path", checkpoint).trainer.callback_metrics
     assert 0 <= tested["test/accuracy"] <= 1
     assert "val/accuracy" in run("validate", "--ckpt_path", checkpoint).trainer.callback_metrics
-    run("predict", "--ckpt_path", checkpoint)
+    predicted = Path(run("predict", "--ckpt_path", checkpoint).trainer.log_dir)
+    rows = [json.loads(line) for line in (predicted / "predictions.jsonl").open()]
+    assert len(rows) == 5
+    assert set(rows[0]) == {"prompt", "answer", "read", "reference", "correct"}
     assert (folder / "config.yaml").read_text() == before
 
 

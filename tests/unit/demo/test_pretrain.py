@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lwf_lightning.data.batch import EncodedText, collate
 from lwf_lightning.demo.pretrain import (
     PretrainingConfig,
     main,
@@ -22,6 +25,7 @@ from lwf_lightning.demo.world import (
     learning_rows,
     pretraining_texts,
 )
+from lwf_lightning.losses import per_text_loss
 
 TINY = PretrainingConfig(hidden_size=32, intermediate_size=48, layers=1, heads=2, steps=3)
 
@@ -72,11 +76,24 @@ def test_pretraining_is_a_function_of_the_seed_and_starts_twin_and_base_alike(wo
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
-def test_pretraining_teaches_and_recall_measures_it(world, tokenizer):
-    config = PretrainingConfig(64, 128, layers=2, heads=2, steps=150, batch_size=32)
-    rows = [row for row in forgetting_rows(world)["train"] if row["relation"] == "company"]
-    assert recall(pretrain(world, tokenizer, seed=0, config=TINY), tokenizer, rows) < 0.5
-    assert recall(pretrain(world, tokenizer, seed=0, config=config), tokenizer, rows) == 1.0
+def test_pretraining_teaches(world, tokenizer):
+    texts = [tokenizer(text).input_ids for text in pretraining_texts(world)]
+    batch = collate([EncodedText(tuple(ids), tuple(ids)) for ids in texts], tokenizer.pad_token_id)
+    before, after = (
+        per_text_loss(pretrain(world, tokenizer, seed=0, config=config), batch).mean().item()
+        for config in (TINY, replace(TINY, steps=60, warmup_steps=5, learning_rate=1e-2))
+    )
+    assert before > 4.0  # about the logarithm of the vocabulary
+    assert after < 2.0
+
+
+def test_recall_is_the_share_of_answers_generated_exactly(monkeypatch):
+    tokenizer = build_tokenizer(["Question: red cat dog blue"])
+    rows = [{"prompt": "Question:", "answer": answer} for answer in ("cat", "dog", "red", "blue")]
+    generated = [tokenizer(text).input_ids for text in (" cat", " dog dog", " red", " cat")]
+    generated[0].append(tokenizer.eos_token_id)
+    monkeypatch.setattr("lwf_lightning.demo.pretrain.generate_answers", lambda *_, **__: generated)
+    assert recall(None, tokenizer, rows) == 0.5
 
 
 def test_a_saved_model_loads_in_float32_as_it_was(world, tokenizer, tmp_path):

@@ -88,6 +88,23 @@ def test_every_architecture_equals_the_loop(
     oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_takes_one_pass_per_batch(
+    name: str, oracle: ModuleType, make_texts: Callable[..., Any]
+) -> None:
+    passes = []
+
+    def counted(model: nn.Module, batch: Batch) -> Tensor:
+        passes.append(len(batch["labels"]))
+        return per_text_loss(model, batch)
+
+    diagonal_fisher(
+        oracle.make_model(name), batches_of(make_texts(7), 3, oracle.PAD), text_loss=counted
+    )
+
+    assert passes == [3, 3, 1]
+
+
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
 @pytest.mark.parametrize("elements", [1, 50, 16 * 5])
 def test_blocks_of_any_size_give_the_same(
