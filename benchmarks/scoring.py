@@ -90,7 +90,7 @@ def ways(model: nn.Module, batches: list[Batch]) -> dict[str, Callable[[], objec
 def measure(todo: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
     """Median wall-clock and CPU seconds of each way over interleaved rounds."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in todo}
-    for name, run in todo.items():
+    for run in todo.values():
         run()  # warms up caches and allocators
     for _ in range(rounds):
         for name, run in todo.items():
@@ -117,8 +117,9 @@ def main() -> None:
     model = make_model(tied=arguments.tied)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{parameters / 1e6:.1f} M parameters, float32, {arguments.batches} x {arguments.texts} texts, "
-        f"{arguments.threads} threads, torch {torch.__version__}, median of {arguments.rounds}"
+        f"{parameters / 1e6:.1f} M parameters, float32, {arguments.batches} x {arguments.texts} "
+        f"texts, {arguments.threads} threads, torch {torch.__version__}, "
+        f"median of {arguments.rounds} rounds"
     )
     print(f"\n{'tokens':>6}  {'way':<26}{'wall s':>8}{'ratio':>7}{'CPU s':>8}{'ratio':>7}")
     for tokens in arguments.tokens:

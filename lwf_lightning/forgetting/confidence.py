@@ -170,12 +170,12 @@ class _InnerProducts:
     def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
         """Adds the block's share of both inner products."""
         alignment, sensitivity = self.alignment[-1], self.sensitivity[-1]
-        fisher = as_matrix(self.fisher[name])[rows]
+        fisher = as_matrix(self.fisher[name])[rows].flatten()
         weighted_difference = as_matrix(self.weighted_difference[name])[rows].flatten()
 
         def reduce(text: int, block: Tensor) -> None:
-            gradient = block.float().flatten()
+            gradient = block.flatten().float()
             alignment[text] += torch.dot(weighted_difference, gradient)
-            sensitivity[text] += torch.dot((fisher * block).float().flatten(), gradient)
+            sensitivity[text] += torch.dot(fisher, gradient.mul_(gradient))
 
         return reduce

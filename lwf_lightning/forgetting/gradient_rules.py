@@ -130,13 +130,20 @@ def rule_of(module: nn.Module) -> Rule | None:
         return _linear
     if forward is Conv1D.forward:
         return _conv1d
-    if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
+    if isinstance(module, nn.Embedding) and (
+        forward is nn.Embedding.forward or _is_scaled_embedding(module)
+    ):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return _embedding if plain else None
     owns_all = len(list(module.parameters())) == len(list(module.parameters(recurse=False)))
     if owns_all and all(parameter.ndim <= 1 for parameter in module.parameters()):
         return _vectors
     return None
+
+
+def _is_scaled_embedding(module: nn.Embedding) -> bool:
+    """Whether it is a look-up times ``embed_scale``, as transformers calls it in every model."""
+    return type(module).__name__.endswith("ScaledWordEmbedding")
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:
@@ -169,6 +176,8 @@ def _conv1d(
 def _embedding(
     module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
 ) -> dict[str, Call]:
+    if _is_scaled_embedding(module):  # type: ignore[arg-type]
+        backprop = backprop * torch.as_tensor(module.embed_scale).to(backprop)
     padding_idx: int | None = module.padding_idx  # type: ignore[assignment]
     return {"weight": EmbeddingCall(inputs[0], backprop, padding_idx)}
 
@@ -203,7 +212,7 @@ def _nonzero_spans(backprop: Tensor) -> list[tuple[int, int]]:
     """First and one past the last nonzero token of each text; (0, 0) where all are zero."""
     tokens = backprop.shape[1]
     position = torch.arange(tokens, device=backprop.device)
-    active = torch.linalg.vector_norm(backprop, ord=torch.inf, dim=-1) != 0
+    active = (backprop.amax(dim=-1) != 0) | (backprop.amin(dim=-1) != 0)  # the fastest exact test
     first = torch.where(active, position, tokens).amin(dim=1)
     stop = torch.where(active, position + 1, 0).amax(dim=1)
     spans = torch.stack([torch.minimum(first, stop), stop], dim=1).tolist()

@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,6 +30,7 @@ from lwf_lightning.forgetting.gradient_rules import (
     rule_of,
     work_dtype,
 )
+from lwf_lightning.forgetting.parameter_uses import OutsideUses, owners_of
 from lwf_lightning.forgetting.weights import trainable_parameters
 
 TextLoss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
@@ -40,7 +40,7 @@ the batch only."""
 BlockReducer: TypeAlias = Callable[[int, Tensor], None]
 """(text, block): takes in a text's gradient block; it may overwrite the block."""
 
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 """Elements of one block: on a CPU it stays in cache, on a GPU it fills the device."""
 
 
@@ -136,7 +136,7 @@ class _Capture:
         self.text_loss = text_loss
         self.texts = 0
         self.generic: set[str] = set()  # parameters whose gradient plain autograd forms
-        self.owners = _owners(model, parameters)
+        self.owners = owners_of(model, parameters)
         self.rules: dict[nn.Module, Rule] = {}
         for module, names in self.owners.items():
             if rule := rule_of(module):
@@ -197,8 +197,9 @@ class _Capture:
         if self._uses_watched:
             losses = self.text_loss(self.model, batch)
         else:
-            with _UseWatch(self):
+            with OutsideUses(self.parameters, self.owners, self._running) as outside:
                 losses = self.text_loss(self.model, batch)
+            self.generic.update(outside.found)
             self._uses_watched = True
         self._in_forward = False
         return losses
@@ -326,50 +327,6 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError("unreachable: the ticket is no part of any loss")
-
-
-class _UseWatch(TorchFunctionMode):
-    """Finds parameters that are used outside their own module, which no hook would see."""
-
-    def __init__(self, capture: _Capture) -> None:
-        super().__init__()
-        self.capture = capture
-        self.names = {id(parameter): name for name, parameter in capture.parameters.items()}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            for argument in (*args, *(kwargs or {}).values()):
-                for tensor in argument if isinstance(argument, list | tuple) else (argument,):
-                    name = self.names.get(id(tensor))
-                    if name is not None and not self._expected_here(name):
-                        self.capture.generic.add(name)
-        return result
-
-    def _expected_here(self, name: str) -> bool:
-        running = self.capture._running
-        return bool(running) and name in self.capture.owners[running[-1]].values()
-
-
-def _owners(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> dict[nn.Module, dict[str, str]]:
-    """Modules with trainable parameters of their own: attribute -> name in ``parameters``."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    owners = {}
-    for module in model.modules():
-        own = {
-            attribute: names[id(parameter)]
-            for attribute, parameter in module.named_parameters(
-                recurse=False, remove_duplicate=False
-            )
-            if id(parameter) in names
-        }
-        if own:
-            owners[module] = own
-    return owners
 
 
 @contextmanager
