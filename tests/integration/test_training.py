@@ -192,6 +192,29 @@ def test_bf16_trains_and_unlearns(
     assert all(torch.isfinite(p).all() for p in module.model.parameters())
 
 
+def test_under_autocast_every_step_sees_the_weights_of_the_step_before(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
+) -> None:
+    # all steps of one training_step share an autocast context, which caches casts of the weights
+    seen: list[float] = []
+    module = make_module(schedule="ahead", ahead_steps=4, unlearning_scale=1.0)
+    module._log_unlearning = lambda figures: seen.append(float(figures["unlearn/nll"]))
+    data = make_data(forget_batch_size=100)  # each step unlearns the same texts
+    callback = make_callback(probe_steps=8)
+    trainer = make_trainer(precision="bf16-mixed", max_steps=1, callbacks=[callback])
+    trainer.fit(module, data)
+    assert len(set(seen)) == 4
+    assert seen[-1] > seen[0]
+
+    exact = make_callback(probe_steps=8)
+    make_trainer(max_steps=1, callbacks=[exact]).fit(make_module(), make_data())
+    anchor, expected = callback.load_tensors()[1], exact.load_tensors()[1]
+    assert module.base_weights is not None
+    for name, start in module.base_weights.items():
+        moved, should = anchor[name] - start, expected[name] - start
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), should.flatten(), dim=0) > 0.9
+
+
 class Poison(L.Callback):
     """Makes the gradient of some steps NaN."""
 
