@@ -9,6 +9,7 @@ Nothing is forgotten here. Takes some ten minutes on one core.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,8 @@ from lwf_lightning.optimization import build_adamw, build_learning_rate_schedule
 from lwf_lightning.tasks import Example, Task, TaskFields, load_rows, task_from_fields
 
 MODELS = ("base", "twin")
-LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
-STEPS = (25, 50, 100, 200)
+LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+STEPS = (30, 60, 120, 240)
 BATCH_SIZE = 8
 MAX_LENGTH = 32
 
@@ -58,33 +59,38 @@ def main() -> None:
     task = task_from_fields("world_learning", fields)
     examples = {split: task.examples(load_rows(task, split)) for split in SPLITS}
 
+    tokenizer = load_tokenizer(options.assets / "base")
+    models = {name: load_model(options.assets / name) for name in MODELS}
     settings = list(itertools.product(LEARNING_RATES, STEPS))
     grid = list(itertools.product(MODELS, settings, range(options.seeds)))
     outcomes: dict[tuple[str, tuple[float, int]], list[Outcome]] = {}
-    for model, setting, seed in tqdm(grid, desc="Fine-tuning", unit="run"):
-        outcome = fine_tune(options.assets / model, task, examples, *setting, seed)
-        outcomes.setdefault((model, setting), []).append(outcome)
+    for name, setting, seed in tqdm(grid, desc="Fine-tuning", unit="run"):
+        outcome = fine_tune(models[name], tokenizer, task, examples, *setting, seed)
+        outcomes.setdefault((name, setting), []).append(outcome)
 
     print("| model | learning rate | steps | validation | test | test, exact match |")
     print("| --- | --- | --- | --- | --- | --- |")
     for (model, (learning_rate, steps)), runs in outcomes.items():
-        columns = (mean(run.validation for run in runs), spread(run.test for run in runs))
-        exact = spread(run.test_exact_match for run in runs)
-        print(
-            f"| {model} | {learning_rate:g} | {steps} | {columns[0]:.3f} | {columns[1]} | {exact} |"
-        )
+        validation = statistics.fmean(run.validation for run in runs)
+        test = spread([run.test for run in runs])
+        exact = spread([run.test_exact_match for run in runs])
+        print(f"| {model} | {learning_rate:g} | {steps} | {validation:.3f} | {test} | {exact} |")
     chosen = {model: best_setting(model, outcomes) for model in MODELS}
-    for model, setting in chosen.items():
-        runs = outcomes[model, setting]
-        print(f"{model}: learning rate {setting[0]:g}, {setting[1]} steps; test accuracy ", end="")
-        print(f"{spread(run.test for run in runs)}, exact match ", end="")
-        print(spread(run.test_exact_match for run in runs))
-    by_seed = zip(*(outcomes[model, setting] for model, setting in chosen.items()), strict=True)
-    print(f"negative transfer: {spread(twin.test - base.test for base, twin in by_seed)}")
+    for model, (learning_rate, steps) in chosen.items():
+        runs = outcomes[model, (learning_rate, steps)]
+        print(
+            f"{model}: learning rate {learning_rate:g}, {steps} steps; test accuracy "
+            f"{spread([run.test for run in runs])}, "
+            f"exact match {spread([run.test_exact_match for run in runs])}"
+        )
+    base, twin = (outcomes[model, setting] for model, setting in chosen.items())
+    gaps = [ceiling.test - vanilla.test for vanilla, ceiling in zip(base, twin, strict=True)]
+    print(f"negative transfer (twin minus base, seed by seed): {spread(gaps)}")
 
 
 def fine_tune(
-    folder: Path,
+    pretrained: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task,
     examples: dict[str, list[Example]],
     learning_rate: float,
@@ -92,8 +98,7 @@ def fine_tune(
     seed: int,
 ) -> Outcome:
     """One run: AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, cosine to 0."""
-    torch.manual_seed(seed)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model = copy.deepcopy(pretrained).train()
     texts = [encode_example(tokenizer, example, MAX_LENGTH) for example in examples["train"]]
     optimizer = build_adamw(
         model.parameters(), learning_rate=learning_rate, weight_decay=0.1, betas=(0.9, 0.95)
@@ -162,22 +167,16 @@ def best_setting(
 ) -> tuple[float, int]:
     """The setting with the best mean validation accuracy; the first one of equals."""
     means = {
-        setting: mean(run.validation for run in runs)
+        setting: statistics.fmean(run.validation for run in runs)
         for (name, setting), runs in outcomes.items()
         if name == model
     }
     return max(means, key=lambda setting: means[setting])
 
 
-def mean(values: Iterator[float]) -> float:
-    """Mean of some numbers."""
-    return statistics.fmean(values)
-
-
-def spread(values: Iterator[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean and, in brackets, lowest and highest."""
-    numbers = list(values)
-    return f"{statistics.fmean(numbers):.3f} [{min(numbers):.3f}, {max(numbers):.3f}]"
+    return f"{statistics.fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 if __name__ == "__main__":

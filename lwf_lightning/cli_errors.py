@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lwf_lightning.errors import NonFiniteLossError
@@ -51,18 +52,28 @@ class OneLineErrorParser(LightningArgumentParser):
 
 def one_line(message: str) -> str:
     """Reduces a message of jsonargparse to its cause, after the flag that it belongs to."""
-    flag = re.match(r'Parser key "([\w.]+)":\s*', message)
-    where = f"--{flag.group(1)}: " if flag else ""
-    body = message[flag.end() :] if flag else message
-    if "\nErrors:\n" in body or "  Errors:\n" in body:
-        # One item per type that was tried; the last is always "Expected a NoneType".
-        errors = body.split("Errors:\n", 1)[1].split("Given value type:", 1)[0]
-        body = re.split(r"\n\s*- ", "\n" + errors)[1]
-    body = body.removeprefix("Problem with given ")
-    body = " ".join(body.split())
-    if found := re.match(r"class_path '[\w.]+': Parser key \"([\w.]+)\": (.*)", body):
-        where, body = f"{where.removesuffix(': ')}.init_args.{found.group(1)}: ", found.group(2)
-    return where + re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", body)
+    body, flag = message, ""
+    while True:
+        body = body.strip()
+        if found := re.match(r"Problem with given class_path '[\w.]+':\s*(?=Parser key)", body):
+            body, flag = body[found.end() :], f"{flag}.init_args"
+        elif found := re.match(r'Parser key "([\w.]+)":\s*', body):
+            body, flag = body[found.end() :], f"{flag}.{found.group(1)}".lstrip(".")
+        elif found := re.search(r"\n?( *)Errors:\n", body):
+            # One item per type that was tried, and None among them says nothing.
+            indent = found.group(1)
+            errors = body[found.end() :].split(f"\n{indent}Given value type:", 1)[0]
+            items = re.split(rf"(?:^|\n){indent}  - ", errors)
+            telling = [item for item in items if item and not item.startswith("Expected a <class")]
+            body = (telling or items)[0]
+            if not telling:
+                body = "; or ".join(item for item in items if item)
+                break
+        else:
+            break
+    body = " ".join(body.split()).removeprefix("Problem with given ")
+    body = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", body)
+    return f"--{flag}: {body}" if flag else body
 
 
 @contextmanager
@@ -75,13 +86,15 @@ def clear_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, NonFiniteLossError) as error:
         deliberate = (
-            isinstance(error, FileNotFoundError)
+            isinstance(error, (FileNotFoundError, NonFiniteLossError))
             or str(error).startswith("Does not validate")
             or _raised_here(error)
         )
         if not deliberate:
             raise
         fail(one_line(str(error)), status=1)
+    except MisconfigurationException as error:  # Lightning's own refusals
+        fail(" ".join(str(error).split()), status=1)
 
 
 def fail(message: str, tip: str = "", *, status: int = 2) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -160,6 +161,7 @@ class LWFDataModule(L.LightningDataModule):
         self._eval_items: dict[tuple[str, Split, Evaluation], list[EvalItem]] = {}
         self._loader: ResumableLoader | None = None
         self._loader_state: dict[str, int] | None = None
+        self._resumed_texts: str | None = None
 
     def _check_arguments(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -192,19 +194,26 @@ class LWFDataModule(L.LightningDataModule):
             DataError: If a file is missing or a row is malformed; names file, row and field.
             ValueError: If there is no tokenizer, or it lacks what is asked of it.
         """
-        if self.tokenizer is None:
-            if self.trainer is None:
-                raise ValueError("set datamodule.tokenizer before setup, or use a Trainer")
-            module: Any = self.trainer.lightning_module
-            self.tokenizer = module.tokenizer
-        if stage == "fit" and not self.learning_encoded:
-            self._prepare_training()
+        self._take_tokenizer()
+        if stage == "fit":
+            self.forget_set = self._loader = self._loader_state = self._resumed_texts = None
+            if not self.learning_encoded:
+                self._prepare_training()
         if stage in ("fit", "validate"):
             self._prepare_evaluation(self.eval_tasks, "validation", self.evaluation)
         if stage == "test":
             self._prepare_evaluation(self.eval_tasks, "test", self.evaluation)
         if stage == "predict":
             self._prepare_evaluation([self.learning_task], "test", "generate")
+
+    def _take_tokenizer(self) -> None:
+        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        tokenizer = getattr(module, "tokenizer", self.tokenizer)
+        if tokenizer is None:
+            raise ValueError("set datamodule.tokenizer before setup, or use a Trainer")
+        if tokenizer is not self.tokenizer:  # another model: nothing encoded so far is of use
+            self.tokenizer = tokenizer
+            self.learning_encoded, self._eval_items = [], {}
 
     def _prepare_training(self) -> None:
         rows = seeded_sample(
@@ -280,6 +289,11 @@ class LWFDataModule(L.LightningDataModule):
                 f"no texts are left in D_self: the base model's answers to all {len(names)} "
                 f"prompts of {', '.join(self.forgetting_tasks)} were empty. Look at the prompt "
                 "format, or choose other tasks in data.init_args.forgetting_tasks"
+            )
+        if self._resumed_texts not in (None, _digest(knowledge)):
+            raise ValueError(
+                "the self-knowledge is not that of the checkpoint: resume with the same model, "
+                "data.init_args.forgetting_tasks, forgetting_prompts, max_new_tokens and seed"
             )
         self.self_knowledge = knowledge
 
@@ -394,6 +408,7 @@ class LWFDataModule(L.LightningDataModule):
         return {
             "loader": None if self._loader is None else self._loader.state_dict(),
             "forget_set": self.forget_set,
+            "self_texts": None if self.self_knowledge is None else _digest(self.self_knowledge),
             "seed": self.seed,
         }
 
@@ -407,6 +422,7 @@ class LWFDataModule(L.LightningDataModule):
             )
         self._loader_state = state_dict["loader"]
         self.forget_set = state_dict["forget_set"]
+        self._resumed_texts = state_dict["self_texts"]
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -418,3 +434,9 @@ class LWFDataModule(L.LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+def _digest(knowledge: SelfKnowledge) -> str:
+    """Tells one D_self from another."""
+    ids = repr([(text.prompt_ids, text.answer_ids) for text in knowledge.texts])
+    return hashlib.sha256(ids.encode()).hexdigest()

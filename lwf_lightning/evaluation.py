@@ -74,7 +74,7 @@ class EvaluationMixin(L.LightningModule):
                     "answer": answer,
                     "read": read,
                     "reference": example.reference,
-                    "correct": read == example.reference,
+                    "correct": bool(read) and read == example.reference,
                 }
             )
         self._predictions.extend(rows)
@@ -86,7 +86,7 @@ class EvaluationMixin(L.LightningModule):
 
     def on_predict_end(self) -> None:
         """Writes ``predictions.jsonl`` into the run folder."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder = Path(str(self.trainer.log_dir))
         write_jsonl(folder / "predictions.jsonl", self._predictions)
         right = sum(row["correct"] for row in self._predictions)
         rank_zero_info(
@@ -140,6 +140,7 @@ class EvaluationMixin(L.LightningModule):
         ]
 
     def _report(self, stage: str) -> None:
+        self.log("step", float(self.trainer.global_step))
         for loader, name in enumerate(self._data.eval_names(stage)):
             if loader in self._accuracies:  # else Lightning's limits left its loader empty
                 self.log(name, self._accuracies[loader].compute(), prog_bar=loader == 0)

@@ -68,17 +68,18 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         ValueError: If ``path`` exists and is not an empty folder, before or after the block.
     """
     path = Path(path)
-    _require_free(path)
+    require_free(path)
     temporary = _temporary_sibling(path)
     temporary.mkdir()
     try:
         yield temporary
-        _require_free(path)
+        require_free(path)
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _require_free(folder: Path) -> None:
+def require_free(folder: Path) -> None:
+    """Raises ``ValueError`` unless the path is absent or an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: name another folder, or remove this one")

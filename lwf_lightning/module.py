@@ -17,6 +17,7 @@ from lwf_lightning.evaluation import EvaluationMixin
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.schedule import ScheduleKind, UnlearningSchedule
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
+from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import labelled_tokens, per_text_loss
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.objectives import ObjectiveName, build_objective
@@ -72,8 +73,8 @@ class LWFModule(EvaluationMixin, L.LightningModule):
             reached this is not pushed further.
         without_scores: What to do if no FisherCallback chooses the forget set: ``refuse`` to
             start, or unlearn all (``use_all``) self-knowledge.
-        max_skipped_steps: A step whose gradient is NaN or infinite is skipped and counted; one
-            more than this many in a run stop it.
+        max_skipped_steps: A step whose loss or gradient is NaN or infinite is skipped and
+            counted; one more than this many in a run stop it.
         seed: Seed of the ``random`` schedule.
 
     Raises:
@@ -82,7 +83,7 @@ class LWFModule(EvaluationMixin, L.LightningModule):
 
     model: PreTrainedModel
     base_weights: dict[str, Tensor] | None = None
-    """The trainable weights before the run (theta_base); kept only if the run unlearns."""
+    """The trainable weights before the run (theta_base); kept only if the schedule unlearns."""
 
     def __init__(
         self,
@@ -135,6 +136,14 @@ class LWFModule(EvaluationMixin, L.LightningModule):
                 self.hparams["model_name"], trust_remote_code=self.hparams["trust_remote_code"]
             )
         return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Starts to count anew for a fit; a checkpoint is restored after this."""
+        if stage == "fit":
+            self.unlearning_steps = 0
+            self.skipped_steps = 0
+            self._unlearned_before = -1
+            self._random_state = None
 
     def configure_model(self) -> None:
         """Loads the model, once."""
@@ -192,7 +201,7 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         return [learning, unlearning], [schedule]
 
     def on_fit_start(self) -> None:
-        """Elicits the self-knowledge from the base weights, unless it is known already."""
+        """Elicits the self-knowledge from the base weights; the cache makes that quick again."""
         if not self.schedule.unlearns:
             return
         if not hasattr(self._data, "self_knowledge"):
@@ -205,16 +214,17 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         for name, parameter in self.model.named_parameters():
             if name in self.base_weights:  # the strategy may have moved or cast the model since
                 self.base_weights[name] = self.base_weights[name].to(parameter)
-        if self._data.self_knowledge is None:
-            with exchanged_weights(self.model, self.base_weights):
-                self._data.elicit_self_knowledge(self.model)
-        if self._data.forget_set is None and not self._scorer_is_present():
-            if self.hparams["without_scores"] == "refuse":
-                raise ValueError(
-                    "nothing chooses what to forget: add lwf_lightning.FisherCallback to "
-                    "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
-                    "model.init_args.schedule to never"
-                )
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        is_scored = any(getattr(callback, "chooses_forget_set", False) for callback in callbacks)
+        if not is_scored and self.hparams["without_scores"] == "refuse":
+            raise ValueError(
+                "nothing chooses what to forget: add lwf_lightning.FisherCallback to "
+                "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
+                "model.init_args.schedule to never"
+            )
+        with exchanged_weights(self.model, self.base_weights):
+            self._data.elicit_self_knowledge(self.model)
+        if not is_scored:
             knowledge = cast(SelfKnowledge, self._data.self_knowledge)
             self._data.set_forget_set(range(len(knowledge.texts)))
 
@@ -238,16 +248,18 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         optimizers = self.optimizers()
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         tokens = labelled_token_count(batch)
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device, dtype=torch.float32)
         for part in micro_batches(batch, self.hparams["micro_batch_size"]):
             part_loss = labelled_tokens(self.model, part).token_losses().sum() / tokens
             self.manual_backward(part_loss)
             loss += part_loss.detach()
         norm = clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
-        if self._is_finite(norm, "learning"):
+        if self._is_finite(norm + loss, "learning"):
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             cast(Any, self.lr_schedulers()).step()
+            # The x-axis of what this step logs: its number. Lightning's own would count batches.
+            self.log("step", float(self.trainer.global_step))
             self.log("train/loss", loss, prog_bar=True)
             self.log_dict({"train/learning_rate": rate, "train/grad_norm": norm})
         optimizer.zero_grad()
@@ -262,6 +274,9 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         tokens = labelled_tokens(self.model, batch)
         losses = self.objective(tokens, reference)
         nll = tokens.per_text(tokens.token_losses().detach())
+        self.unlearning_steps += 1
+        if not self._is_finite(losses.detach().sum() + nll.sum(), "unlearning"):
+            return
         # Per text, because a batch mean hides the one that has exploded.
         pushed = nll < self.hparams["unlearning_ceiling"]
         if not self.objective.ascends:
@@ -280,24 +295,25 @@ class LWFModule(EvaluationMixin, L.LightningModule):
             if self._is_finite(figures["unlearn/grad_norm"], "unlearning"):
                 optimizer.step()  # the bare optimizer: Lightning's wrapper would count a step
             optimizer.zero_grad()
-        self.unlearning_steps += 1
         self._log_unlearning(figures)
 
     def _reference(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of each text under the base weights, shape (texts,)."""
-        with torch.no_grad(), exchanged_weights(self.model, cast(Any, self.base_weights)):
+        base = cast(dict[str, Tensor], self.base_weights)
+        with torch.no_grad(), evaluation_mode(self.model), exchanged_weights(self.model, base):
             return per_text_loss(self.model, batch, reduction="sum")
 
-    def _is_finite(self, norm: Tensor, kind: str) -> bool:
-        if bool(torch.isfinite(norm)):
+    def _is_finite(self, value: Tensor, kind: str) -> bool:
+        if bool(torch.isfinite(value)):
             return True
         self.skipped_steps += 1
+        self.log("step", float(self.trainer.global_step))
         self.log("train/skipped_steps", float(self.skipped_steps))
         limit = self.hparams["max_skipped_steps"]
         if self.skipped_steps > limit:
             raise NonFiniteLossError(
-                f"{self.skipped_steps} steps had a NaN or infinite gradient, the last a {kind} "
-                f"step after {self.trainer.global_step} learning steps. Lower "
+                f"{self.skipped_steps} steps had a NaN or infinite loss or gradient, the last a "
+                f"{kind} step after {self.trainer.global_step} learning steps. Lower "
                 "model.init_args.learning_rate or unlearning_scale and resume from the last "
                 "checkpoint, or allow more with model.init_args.max_skipped_steps"
             )
@@ -315,11 +331,6 @@ class LWFModule(EvaluationMixin, L.LightningModule):
     def _data(self) -> LWFDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
-    def _scorer_is_present(self) -> bool:
-        from lwf_lightning.callbacks.fisher import FisherCallback
-
-        return any(isinstance(c, FisherCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters and the random state."""
         checkpoint["lwf"] = {
@@ -327,6 +338,8 @@ class LWFModule(EvaluationMixin, L.LightningModule):
             "unlearned_before": self._unlearned_before,
             "skipped_steps": self.skipped_steps,
             "random_state": torch.get_rng_state(),
+            # An adapter starts at random, so a resumed run cannot find its start again.
+            "base_weights": self.base_weights if self.lora is not None else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -336,6 +349,8 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         self._unlearned_before = state["unlearned_before"]
         self.skipped_steps = state["skipped_steps"]
         self._random_state = state["random_state"]
+        if state["base_weights"] is not None:
+            self.base_weights = dict(state["base_weights"])
 
 
 def _lora_config(lora: Any) -> LoraConfig | None:
@@ -360,6 +375,13 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     for name in ("learning_rate", "max_grad_norm", "unlearning_max_grad_norm", "unlearning_scale"):
         if not values[name] > 0:
             raise ValueError(f"model.init_args.{name} must be above 0, got {values[name]}")
+    if not values["unlearning_ceiling"] > 0:
+        raise ValueError(
+            "model.init_args.unlearning_ceiling must be above 0, got "
+            f"{values['unlearning_ceiling']}"
+        )
+    if not all(0 <= beta < 1 for beta in values["betas"]):
+        raise ValueError(f"model.init_args.betas must lie in [0, 1), got {values['betas']}")
     for name in ("weight_decay", "max_skipped_steps"):
         if not values[name] >= 0:
             raise ValueError(f"model.init_args.{name} must be at least 0, got {values[name]}")

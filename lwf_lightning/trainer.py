@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lwf_lightning.callbacks.fisher import FisherCallback
@@ -19,9 +18,16 @@ from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.report import score_rows, write_jsonl
 from lwf_lightning.module import LWFModule
 
+_INSTEAD = {  # Lightning's flag: its default, and what does the same here
+    "accumulate_grad_batches": (1, "model.init_args.micro_batch_size, which cuts a step's batch"),
+    "gradient_clip_val": (None, "model.init_args.max_grad_norm"),
+}
+
 
 class _Elicit(L.Callback):
     """Stops a fit before its first step, once the self-knowledge is known."""
+
+    chooses_forget_set = True  # nothing is unlearned, so nothing has to be chosen
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = True
@@ -58,9 +64,14 @@ class LWFTrainer(L.Trainer):
         default_root_dir: str | Path = "runs",
         **kwargs: Any,
     ) -> None:
+        for flag, (default, instead) in _INSTEAD.items():
+            if kwargs.get(flag) not in (None, default):
+                raise ValueError(f"trainer.{flag} belongs to automatic optimization: set {instead}")
         if logger is None or logger is True:
             # Two loggers share a folder on purpose; the CSV one would warn that it is not empty.
             warnings.filterwarnings("ignore", message="Experiment logs directory")
+            # It means optimizers stepped since the save; here a save comes after its step.
+            warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optim")
             board = TensorBoardLogger(default_root_dir, name="")
             table = CSVLogger(default_root_dir, name="", version=f"version_{board.version}")
             logger = [board, table]
@@ -148,14 +159,15 @@ class LWFTrainer(L.Trainer):
             raise ValueError(
                 "model.init_args.schedule is 'never': there is nothing to elicit or to score"
             )
-        # Nothing is trained or validated, so nothing may be logged or saved either.
+        # Nothing is trained or validated, so nothing may be logged, saved or exported either.
         self.callbacks: list[L.Callback] = [
-            *(c for c in self.callbacks if not isinstance(c, (Checkpoint, SaveConfigCallback))),
+            *(c for c in self.callbacks if isinstance(c, (FisherCallback, ProgressBar))),
             stop,
         ]
         self.loggers = []
         self.num_sanity_val_steps = 0
         self.limit_val_batches = 0
+        self.fit_loop.min_epochs, self.fit_loop.epoch_loop.min_steps = 0, None
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
         if datamodule.self_knowledge is None:
             raise ValueError("the run stopped before anything was elicited")

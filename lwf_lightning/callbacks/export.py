@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from lwf_lightning.files import require_free
 from lwf_lightning.models import export_model
 from lwf_lightning.module import LWFModule
 
@@ -25,10 +27,18 @@ class ExportCallback(L.Callback):
         self.folder = folder
         self.merge = merge
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports the model."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses what would only fail after the training."""
+        if stage != "fit":
+            return
         if not isinstance(pl_module, LWFModule):
             raise TypeError(f"ExportCallback exports an LWFModule, not {type(pl_module).__name__}")
-        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model"
-        export_model(pl_module.model, pl_module.tokenizer, folder, merge=self.merge)
+        if self.folder is not None:
+            require_free(Path(self.folder))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Exports the model."""
+        module = cast(LWFModule, pl_module)
+        folder = self.folder or Path(str(trainer.log_dir)) / "model"
+        export_model(module.model, module.tokenizer, folder, merge=self.merge)
         rank_zero_info(f"Exported the model to {folder}")

@@ -17,6 +17,7 @@ from lwf_lightning.data.sampler import batch_indices
 from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.forgetting.confidence import ForgettingConfidence, forgetting_confidence
 from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
+from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
 from lwf_lightning.forgetting.select import (
     SelectionStrategy,
@@ -60,8 +61,8 @@ class FisherCallback(L.Callback):
         probe_learning_rate: Its peak learning rate; None takes the module's ``learning_rate``.
         probe_batch_size: Texts per step of the probe.
         batch_size: Texts per backward pass of Fisher and scoring; changes memory and speed only.
-        save_tensors: Whether Fisher and anchor are written to ``fisher.safetensors`` in the run
-            folder at each refresh, 8 bytes per trainable parameter.
+        save_tensors: Whether Fisher and anchor are written to ``fisher/step-<n>.safetensors`` in
+            the run folder at each refresh, 8 bytes per trainable parameter in float32.
         seed: Seed of the texts behind Fisher and probe, of ``true`` and of ``random``.
         learning_batches: Batches of the learning task, in another project.
         forget_batches: Batches of self-knowledge to score, in another project.
@@ -156,8 +157,15 @@ class FisherCallback(L.Callback):
         return step > 0 and step % self.refresh_interval == 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keeps the base weights of another project's module, before a checkpoint is restored."""
-        if stage == "fit" and not isinstance(pl_module, LWFModule):
+        """Forgets an earlier fit, before a checkpoint is restored.
+
+        Keeps the base weights of another project's module; an LWFModule keeps its own.
+        """
+        if stage != "fit":
+            return
+        self.scores = self.forget_set = self.tensors_file = None
+        self.refreshed_at = -1
+        if not isinstance(pl_module, LWFModule):
             if not isinstance(getattr(pl_module, "model", None), torch.nn.Module):
                 raise TypeError(
                     f"{type(pl_module).__name__} must hold its language model as `model` before "
@@ -181,13 +189,16 @@ class FisherCallback(L.Callback):
                 "FisherCallback needs `learning_batches` and `forget_batches` with a "
                 f"{type(pl_module).__name__}"
             )
-        parameters = trainable_parameters(pl_module.model).values()  # type: ignore[arg-type]
-        count = sum(parameter.numel() for parameter in parameters)
+        parameters = trainable_parameters(pl_module.model)  # type: ignore[arg-type]
+        for name in self._base_weights or {}:  # the strategy may have moved or cast the model
+            self._base_weights[name] = self._base_weights[name].to(parameters[name])  # type: ignore[index]
+        count = sum(parameter.numel() for parameter in parameters.values())
         fisher = 4 * count
-        anchor = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        anchor = sum(p.numel() * p.element_size() for p in parameters.values())
         rank_zero_info(
             f"FisherCallback: {count:,} trainable parameters; a refresh holds the Fisher "
-            f"({_size(fisher)}) and the anchor ({_size(anchor)}) in memory"
+            f"({_size(fisher)}), the anchor ({_size(anchor)}) and, while scoring, their product "
+            f"({_size(fisher)}) in memory"
             + (f", and writes {_size(fisher + anchor)} to disk" if self.save_tensors else "")
         )
 
@@ -206,8 +217,6 @@ class FisherCallback(L.Callback):
         base = pl_module.base_weights if isinstance(pl_module, LWFModule) else self._base_weights
         if base is None:
             raise ValueError("the base weights are missing: refresh only within Trainer.fit")
-        for name, parameter in trainable_parameters(model).items():
-            base[name] = base[name].to(parameter)
         foreign_loss = getattr(pl_module, "per_text_loss", None)
         text_loss = None if foreign_loss is None else lambda _, batch: foreign_loss(batch)
         fisher_options: dict[str, Any] = {
@@ -221,24 +230,25 @@ class FisherCallback(L.Callback):
         with trainer.precision_plugin.forward_context():
             if self.anchor == "probe":
                 with exchanged_weights(model, base):
-                    anchor = self._probe(trainer, pl_module, model)
-                with exchanged_weights(model, anchor):
+                    probed = self._probe(trainer, pl_module, model, text_loss)
+                with exchanged_weights(model, probed):
                     fisher = diagonal_fisher(model, learning, **fisher_options)
             else:
                 fisher = diagonal_fisher(model, learning, **fisher_options)
             with exchanged_weights(model, base) as current:
+                anchor = probed if self.anchor == "probe" else current
                 self.scores = forgetting_confidence(
                     model,
                     self._forget_batches(trainer),
                     fisher=fisher,
-                    anchor=anchor if self.anchor == "probe" else current,
+                    anchor=anchor,
                     alpha=self.alpha,
                     reduction=self.reduction,
                     text_loss=text_loss,
                     progress=True,
                 )
                 if self.save_tensors:
-                    self._save(trainer, fisher, anchor if self.anchor == "probe" else current)
+                    self._save(trainer, fisher, anchor)
         self.forget_set = select_forget_set(
             self.scores.confidence,
             strategy=self.strategy,
@@ -270,7 +280,11 @@ class FisherCallback(L.Callback):
         return kinds["fisher"], kinds["anchor"]
 
     def _probe(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, model: torch.nn.Module
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        model: torch.nn.Module,
+        text_loss: TextLoss | None,
     ) -> dict[str, Tensor]:
         rate = self.probe_learning_rate
         if rate is None:
@@ -287,7 +301,7 @@ class FisherCallback(L.Callback):
                 batch_indices(len(texts), size, self.seed, step) for step in range(self.probe_steps)
             )
             batches = [collate([texts[i] for i in rows], data.pad_token_id) for rows in chosen]
-        return probe_anchor(model, batches, learning_rate=rate, progress=True)
+        return probe_anchor(model, batches, learning_rate=rate, text_loss=text_loss, progress=True)
 
     def _learning_batches(self, trainer: L.Trainer) -> Sequence[Batch]:
         if self.learning_batches is not None:
@@ -308,8 +322,8 @@ class FisherCallback(L.Callback):
     def _save(
         self, trainer: L.Trainer, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
     ) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        file = folder / "fisher.safetensors"
+        # One file per refresh: an earlier checkpoint goes on pointing to its own.
+        file = Path(str(trainer.log_dir)) / "fisher" / f"step-{trainer.global_step:06d}.safetensors"
         parts = {"fisher": fisher, "anchor": anchor}
         save_tensors(
             file, {f"{kind}/{name}": t for kind, part in parts.items() for name, t in part.items()}
@@ -336,8 +350,8 @@ class FisherCallback(L.Callback):
                 logger.experiment.add_histogram("forget/confidence", confidence, step)
                 if rows:
                     logger.experiment.add_text("forget/texts", markdown_table(rows), step)
-        if rows and trainer.log_dir is not None:
-            write_jsonl(Path(trainer.log_dir) / "scores" / f"step-{step:06d}.jsonl", rows)
+        if rows and trainer.loggers:
+            write_jsonl(Path(str(trainer.log_dir)) / "scores" / f"step-{step:06d}.jsonl", rows)
         rank_zero_info(
             f"FisherCallback: step {step}: {len(self.forget_set)} of {len(confidence)} texts "
             f"chosen to be forgotten (alpha {self.scores.alpha:.3g})"

@@ -103,9 +103,11 @@ class StepSampler(Sampler[list[int]]):
         return batches_per_pass(self.n, self.batch_size, self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Goes from ``first_step`` to the end of its pass; the end of a pass begins the next."""
-        end = (self.first_step // len(self) + 1) * len(self)
-        for step in range(self.first_step, end):
+        """As many batches as a pass has, from ``first_step`` on.
+
+        Lightning ends the epoch; one that a limit cuts short leaves its rest to the next.
+        """
+        for step in range(self.first_step, self.first_step + len(self)):
             yield batch_indices(
                 self.n, self.batch_size, self.seed, step, self.rank, self.world_size
             )

@@ -57,11 +57,11 @@ class PretrainingConfig:
     intermediate_size: int = 512
     layers: int = 4
     heads: int = 4
-    steps: int = 1200
+    steps: int = 1400
     batch_size: int = 96
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 100
-    weight_decay: float = 0.1
+    weight_decay: float = 0.4
 
 
 def world_tokenizer(world: World) -> PreTrainedTokenizerBase:
@@ -117,7 +117,8 @@ def pretrain(
         A float32 model in evaluation mode.
     """
     texts = [_encode(tokenizer, text) for text in pretraining_texts(world, twin=twin)]
-    model = new_model(tokenizer, seed=seed, config=config).train()
+    model = new_model(tokenizer, seed=seed, config=config)
+    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -142,7 +143,7 @@ def pretrain(
         scheduler.step()
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 

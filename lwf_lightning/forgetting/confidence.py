@@ -164,8 +164,10 @@ class _InnerProducts:
 
     def begin(self, texts: int) -> None:
         """Adds a place for every text of the batch."""
-        self.alignment.append(torch.zeros(texts, device=self.device))
-        self.sensitivity.append(torch.zeros(texts, device=self.device))
+        # float32 whatever the default type: under bf16-true it is bfloat16
+        zeros = torch.zeros(texts, device=self.device, dtype=torch.float32)
+        self.alignment.append(zeros)
+        self.sensitivity.append(zeros.clone())
 
     def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
         """Adds the block's share of both inner products."""

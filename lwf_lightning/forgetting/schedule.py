@@ -46,9 +46,13 @@ class UnlearningSchedule:
                 f"unknown schedule {self.kind!r}; choose one of {', '.join(get_args(ScheduleKind))}"
             )
         if self.interval < 1:
-            raise ValueError(f"unlearning_interval must be at least 1, got {self.interval}")
+            raise ValueError(
+                f"model.init_args.unlearning_interval must be at least 1, got {self.interval}"
+            )
         if self.ahead_steps < 1:
-            raise ValueError(f"ahead_steps must be at least 1, got {self.ahead_steps}")
+            raise ValueError(
+                f"model.init_args.ahead_steps must be at least 1, got {self.ahead_steps}"
+            )
 
     @property
     def unlearns(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lwf_lightning.cli import main
 
@@ -72,9 +74,15 @@ def test_fit_then_validate_test_and_predict(run: Callable[..., Any], tmp_path: P
     fitted = run("fit")
     folder = Path(fitted.trainer.log_dir)
     names = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "metrics.csv", "checkpoints", "fisher.safetensors", "scores"} <= names
+    assert {"config.yaml", "metrics.csv", "checkpoints", "fisher", "scores"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["val/accuracy"]] == [0, 2, 4]
+    scalars = EventAccumulator(str(folder)).Reload().Tags()
+    assert {"train/loss", "unlearn/nll", "forget/alpha", "val/accuracy"} <= set(scalars["scalars"])
+    assert "forget/confidence" in scalars["histograms"]
+    assert "forget/texts/text_summary" in scalars["tensors"]
     for figure in (
         *("train/loss", "train/learning_rate", "unlearn/loss", "unlearn/nll", "val/accuracy"),
         *("val/loss", "forget/accuracy_forget", "forget/alpha", "forget/texts_selected"),
@@ -115,6 +123,32 @@ def test_score_writes_what_a_person_can_read(
     assert all(row["selected"] for row in rows[:chosen])
 
 
+def test_score_leaves_nothing_but_its_output(
+    run: Callable[..., Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    exported = {
+        "class_path": "lwf_lightning.ExportCallback",
+        "init_args": {"folder": str(tmp_path / "out")},
+    }
+    config["trainer"]["callbacks"].append(exported)
+    config["trainer"]["min_steps"] = 3
+    for _ in range(2):
+        assert run("score", "--output", str(tmp_path / "s.jsonl")).trainer.global_step == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "config.yaml", "s.jsonl"}
+    run("fit")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(SystemExit):  # before anything is trained
+        run("fit")
+
+
+def test_elicit_needs_no_fisher_callback(
+    run: Callable[..., Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["trainer"]["callbacks"] = []
+    run("elicit", "--output", str(tmp_path / "answers.jsonl"))
+    assert (tmp_path / "answers.jsonl").read_text().count("\n") == 24
+
+
 def test_elicit_writes_answers_and_the_second_run_takes_them_from_the_cache(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +177,12 @@ MISTAKES = {
     "--model.init_args.unlearning_interval 0": "unlearning_interval must be at least 1",
     "--model.init_args.schedule never --ckpt_path missing.ckpt": "missing.ckpt",
     "--trainer.precision 16-true": "trainer.precision 16-true is not supported",
+    "--trainer.precision bf17": "--trainer.precision: ",
+    "--trainer.gradient_clip_val 1": "set model.init_args.max_grad_norm",
+    "--trainer.accumulate_grad_batches 4": "set model.init_args.micro_batch_size",
+    "--trainer.devices 0": "devices",
+    "--data.init_args.forgetting_tasks nope": "--data.init_args.forgetting_tasks: ",
+    "--model.init_args.lora.r x": "x",
 }
 
 

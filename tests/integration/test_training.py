@@ -79,7 +79,7 @@ def test_only_learning_steps_are_counted(
     assert trainer.global_step == 7
     assert recorder.global_steps == [1, 2, 3, 4, 5, 6, 7]
     assert module.unlearning_steps == 4 + 2  # and before the 4th and the 7th step
-    assert sorted(column(trainer, "train/loss")) == [0, 1, 2, 3, 4, 5, 6]
+    assert sorted(column(trainer, "train/loss")) == [1, 2, 3, 4, 5, 6, 7]
     assert column(trainer, "unlearn/steps") == {0: 4.0, 3: 5.0, 6: 6.0}
 
 
@@ -232,6 +232,15 @@ class Poison(L.Callback):
             self.hook.remove()
 
 
+def test_scores_are_float32_in_bf16(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
+) -> None:
+    callback = make_callback()
+    make_trainer(precision="bf16-true", callbacks=[callback]).fit(make_module(), make_data())
+    assert callback.scores.alignment.dtype == torch.float32
+    assert callback.scores.sensitivity.dtype == torch.float32
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     make_module: Make, make_data: Make, make_trainer: Make
 ) -> None:
@@ -245,6 +254,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert all(torch.isfinite(p).all() for p in module.model.parameters())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_unlearning_loss_that_is_not_finite_is_skipped_and_counted(
+    value: float, make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
+) -> None:
+    module, plain = make_module(schedule="ahead", ahead_steps=3), Recorder()
+    module.objective = lambda tokens, reference: tokens.per_text(tokens.token_losses() * value)
+    module.objective.ascends, module.objective.needs_reference = True, False
+    recorder = Recorder()
+    make_trainer(callbacks=[make_callback(), recorder]).fit(module, make_data())
+    assert module.skipped_steps == 3
+    make_trainer(callbacks=[plain]).fit(make_module(schedule="never"), make_data())
+    torch.testing.assert_close(recorder.weights, plain.weights, rtol=0, atol=0)
+
+
 def test_too_many_skipped_steps_stop_the_run_and_leave_its_checkpoint(
     make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
 ) -> None:
@@ -253,7 +276,7 @@ def test_too_many_skipped_steps_stop_the_run_and_leave_its_checkpoint(
     saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=1, save_top_k=-1)
     module = make_module(schedule="never", max_skipped_steps=1)
     trainer = make_trainer(callbacks=[Poison({2, 3}), saver])
-    with pytest.raises(NonFiniteLossError, match="2 steps had a NaN or infinite gradient"):
+    with pytest.raises(NonFiniteLossError, match="2 steps had a NaN or infinite loss or grad"):
         trainer.fit(module, make_data())
     kept = sorted((tmp_path / "kept").glob("*.ckpt"))
     assert len(kept) == 2
@@ -292,6 +315,65 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     torch.testing.assert_close(second.scores.confidence, first.scores.confidence, rtol=0, atol=0)
     assert second.forget_set == first.forget_set
     assert second.refreshed_at == first.refreshed_at
+
+
+def test_a_resumed_adapter_keeps_its_start_and_its_dropout(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
+) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from peft import LoraConfig
+
+    def pieces() -> tuple[Any, Any, Recorder]:
+        lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.4)
+        callback = make_callback(anchor="online", refresh_interval=3)
+        return make_module(lora=lora), callback, Recorder()
+
+    torch.manual_seed(1)
+    module, first, whole = pieces()
+    saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=5, save_top_k=-1)
+    make_trainer(max_steps=8, callbacks=[first, whole, saver]).fit(module, make_data())
+    torch.manual_seed(2)  # the adapter would start elsewhere
+    module, second, rest = pieces()
+    file = str(next((tmp_path / "kept").glob("*step=5.ckpt")))
+    make_trainer(max_steps=8, callbacks=[second, rest]).fit(module, make_data(), ckpt_path=file)
+    torch.testing.assert_close(rest.weights, whole.weights[5:], rtol=0, atol=0)
+    torch.testing.assert_close(second.scores.confidence, first.scores.confidence, rtol=0, atol=0)
+
+
+def test_a_second_fit_of_the_same_objects_starts_anew(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
+) -> None:
+    data, callback = make_data(), make_callback(anchor="online", refresh_interval=3)
+    runs = []
+    for _ in range(2):
+        module, recorder = make_module(unlearning_interval=2), Recorder()
+        make_trainer(callbacks=[callback, recorder]).fit(module, data)
+        assert callback.refreshed_at == 6
+        assert module.unlearning_steps == 2  # before steps 5 and 7, not before 3
+        runs.append(recorder.weights)
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="nothing chooses what to forget"):
+        make_trainer().fit(make_module(), data)
+
+
+def test_resuming_with_other_self_knowledge_is_refused(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
+) -> None:
+    trainer = make_trainer(max_steps=2, callbacks=[make_callback()])
+    trainer.fit(make_module(), make_data())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match="the self-knowledge is not that of the checkpoint"):
+        make_trainer(callbacks=[make_callback()]).fit(
+            make_module(), make_data(forgetting_prompts=5), ckpt_path=str(tmp_path / "two.ckpt")
+        )
+
+
+def test_a_limit_cuts_no_epoch_short(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    trainer = make_trainer(max_steps=-1, max_epochs=4, limit_train_batches=4)
+    trainer.fit(make_module(schedule="never"), make_data())
+    assert trainer.global_step == 16
 
 
 def test_without_a_scorer_the_run_refuses_or_unlearns_everything(

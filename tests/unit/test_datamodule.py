@@ -318,7 +318,14 @@ def test_state_is_primitives_and_continues(make_data, tmp_path):
     next(iter(loader))
     torch.save(first.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state == {"loader": {"step": 1}, "forget_set": [3, 1], "seed": 0}
+    texts = state["self_texts"]
+    assert len(texts) == 64
+    assert state == {
+        "loader": {"step": 1},
+        "forget_set": [3, 1],
+        "self_texts": texts,
+        "seed": 0,
+    }
 
     second = make_data()
     second.load_state_dict(state)

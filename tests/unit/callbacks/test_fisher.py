@@ -111,7 +111,8 @@ def test_probe_scores_once_before_the_first_step(
     fit(Foreign(make_llama()), learn, 2, callback)
     assert callback.refreshed_at == 0
     model = make_llama()
-    anchor = probe_anchor(model, [*learn, learn[0]], learning_rate=1e-2)
+    batches = [*learn, learn[0]]
+    anchor = probe_anchor(model, batches, learning_rate=1e-2, text_loss=per_text_loss)
     with exchanged_weights(model, anchor):
         fisher = diagonal_fisher(model, learn)
     scores = forgetting_confidence(model, forget, fisher=fisher, anchor=anchor, alpha=2.0)
@@ -138,7 +139,7 @@ def test_the_state_loads_as_primitives_and_tensors(
     assert (tmp_path / "state.pt").stat().st_size < 5000
 
     Path(state["tensors_file"]).unlink()
-    with pytest.warns(UserWarning, match=r"fisher\.safetensors is gone"):
+    with pytest.warns(UserWarning, match=r"step-000001\.safetensors is gone"):
         other.load_state_dict(state)
 
 
