@@ -32,7 +32,7 @@ from lwf_lightning.optimization import build_adamw, build_learning_rate_schedule
 from lwf_lightning.tasks import Example, Task, TaskFields, load_rows, task_from_fields
 
 MODELS = ("base", "twin")
-LEARNING_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+LEARNING_RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
 STEPS = (30, 60, 120, 240)
 BATCH_SIZE = 8
 MAX_LENGTH = 32

@@ -21,6 +21,7 @@ RUNS = {
     "LWF": [],
     "clean twin": [
         *("--model.init_args.model_name", "world-twin"),
+        *("--model.init_args.learning_rate", "6e-4"),  # tuned for it, as the base model's is
         *("--model.init_args.schedule", "never"),
     ],
 }
