@@ -19,7 +19,6 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.forgetting.gradient_rules import (
@@ -332,6 +331,8 @@ class _Keep(torch.autograd.Function):
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Turns dropout off; afterwards every module has its own mode again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
+
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in model.modules():

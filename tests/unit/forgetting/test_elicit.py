@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import warnings
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lwf_lightning.forgetting import elicit as elicit_module
 from lwf_lightning.forgetting.elicit import SelfKnowledge, SelfText, elicit
+
+# the package offers the function under the same name
+elicit_module = importlib.import_module("lwf_lightning.forgetting.elicit")
 
 PIECES = ["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz ?:.\n", "!", "-", "="]
 PROMPTS = ["who?", "a", "question: why do birds sing?", "no", "what is it?", "zz top", "hi."]
