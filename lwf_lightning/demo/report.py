@@ -36,16 +36,16 @@ class DemoRun:
 
 @dataclass(frozen=True)
 class PartScores:
-    """Forgetting confidence of the texts about each part of the world's knowledge.
+    """Which part of the world's knowledge each text is about, in order of its confidence.
 
     Attributes:
-        by_part: Confidences, per part.
-        lowest_selected: Confidence of the last text selected.
+        parts: Part of each text, highest forgetting confidence first.
+        selected: How many texts, from the first on, were selected.
         area: Area under the ROC curve of "outdated" by confidence, 0 to 1; 0.5 is chance.
     """
 
-    by_part: dict[str, list[float]]
-    lowest_selected: float
+    parts: list[str]
+    selected: int
     area: float
 
 
@@ -60,15 +60,13 @@ def confidence_by_part(run_folder: Path, forgetting_rows: Path) -> PartScores:
     part_of = {row["prompt"]: row["part"] for row in map(json.loads, lines)}
     scored = sorted((run_folder / "scores").glob("step-*.jsonl"))[-1]
     rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
-    by_part: dict[str, list[float]] = {part: [] for part in PARTS}
-    for row in rows:
-        by_part[part_of[row["prompt"]]].append(row["confidence"])
-    outdated = torch.tensor([part_of[row["prompt"]] == "outdated" for row in rows])
+    parts = [part_of[row["prompt"]] for row in rows]
     # Ranks, since torchmetrics squashes what lies outside [0, 1] by a sigmoid that may saturate.
     ranks = torch.tensor([1 - index / len(rows) for index in range(len(rows))])
+    outdated = torch.tensor([part == "outdated" for part in parts])
     return PartScores(
-        by_part=by_part,
-        lowest_selected=min(row["confidence"] for row in rows if row["selected"]),
+        parts=parts,
+        selected=sum(row["selected"] for row in rows),
         area=float(binary_auroc(ranks, outdated.long())),
     )
 
@@ -89,7 +87,7 @@ def draw(runs: Sequence[DemoRun], scores: PartScores, path: Path) -> None:
     values = [100 * run.test["test/accuracy"] for run in runs]
     drawn = bars.bar(names, values, color=[COLOURS[name] for name in names])
     bars.bar_label(drawn, fmt="%.1f")
-    bars.set(ylabel="test accuracy, %", ylim=(0, 100), title="Learning task after fine-tuning")
+    bars.set(ylabel="test accuracy, %", ylim=(0, 110), title="Learning task after fine-tuning")
 
     for run in runs:
         steps, accuracy = run.curve("val/accuracy")
@@ -100,21 +98,18 @@ def draw(runs: Sequence[DemoRun], scores: PartScores, path: Path) -> None:
     curves.set_title("On the way")
     curves.legend(frameon=False)
 
-    low = min(min(values) for values in scores.by_part.values())
-    high = max(max(values) for values in scores.by_part.values())
-    bins = [low + (high - low) * i / 40 for i in range(41)]
+    texts = len(scores.parts)
     histogram.hist(
-        [scores.by_part[part] for part in PARTS],
-        bins=bins,
+        [[100 * n / texts for n, own in enumerate(scores.parts) if own == part] for part in PARTS],
+        bins=range(0, 101, 5),
         stacked=True,
         color=[PART_COLOURS[part] for part in PARTS],
         label=PARTS,
     )
-    histogram.axvline(
-        scores.lowest_selected, color="black", lw=1, ls="--", label="selected from here"
-    )
-    histogram.set(xlabel="forgetting confidence", ylabel="texts of D_self")
+    edge = 100 * scores.selected / texts
+    histogram.axvline(edge, color="black", lw=1, ls="--", label="selected up to here")
+    histogram.set(xlabel="texts of D_self, highest confidence first, %", ylabel="texts")
     histogram.set_title(f"What LWF chose to forget (area under ROC {scores.area:.2f})")
-    histogram.legend(frameon=False)
+    histogram.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, frameon=False)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

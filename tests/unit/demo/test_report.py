@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lwf_lightning.demo.report import DemoRun, confidence_by_part, draw
+
+
+def test_scores_are_joined_with_their_parts_and_drawn(tmp_path: Path) -> None:
+    parts = ["outdated", "neutral", "outdated", "helpful", "neutral"]
+    rows = [{"prompt": f"p{i}", "part": part} for i, part in enumerate(parts)]
+    truth = tmp_path / "train.jsonl"
+    truth.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = tmp_path / "run" / "scores" / "step-000000.jsonl"
+    scores.parent.mkdir(parents=True)
+    # the best order but for one exchange: 5 of 6 pairs of an outdated and another text are right
+    order = [("p0", True), ("p1", True), ("p2", False), ("p3", False), ("p4", False)]
+    scores.write_text("".join(json.dumps({"prompt": p, "selected": s}) + "\n" for p, s in order))
+    joined = confidence_by_part(tmp_path / "run", truth)
+    assert joined.parts == parts
+    assert joined.selected == 2
+    assert abs(joined.area - 5 / 6) < 1e-6
+
+    table = "step,train/loss,val/accuracy\n0,,0.1\n1,2.0,\n1,,0.5\n"
+    (tmp_path / "run" / "metrics.csv").write_text(table)
+    run = DemoRun("LWF", tmp_path / "run", {"test/accuracy": 0.5})
+    assert run.curve("val/accuracy") == ([0, 1], [0.1, 0.5])
+    draw([run], joined, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
