@@ -21,7 +21,7 @@ from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
 from lwf_lightning.forgetting.select import (
     SelectionStrategy,
-    check_forgetting_rate,
+    check_selection,
     select_forget_set,
 )
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
@@ -119,9 +119,7 @@ class FisherCallback(L.Callback):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha must be above 0, got {alpha}")
-        check_forgetting_rate(forgetting_rate)
-        if (threshold is None) == (strategy == "threshold"):
-            raise ValueError("give `threshold` with strategy 'threshold', and only with it")
+        check_selection(strategy, forgetting_rate, threshold)
         self.anchor = anchor
         self.refresh_interval = refresh_interval
         self.estimator = estimator

@@ -52,9 +52,7 @@ def select_forget_set(
         )
     if not bool(torch.isfinite(confidence).all()):
         raise ValueError("confidence holds NaN or infinite values; the texts cannot be ranked")
-    check_forgetting_rate(forgetting_rate)
-    if (threshold is None) == (strategy == "threshold"):
-        raise ValueError("`threshold` must be given with strategy 'threshold', and only with it")
+    check_selection(strategy, forgetting_rate, threshold)
 
     descending = torch.argsort(confidence, descending=True, stable=True)
     count = math.ceil(forgetting_rate * confidence.numel())
@@ -76,7 +74,11 @@ def select_forget_set(
     )
 
 
-def check_forgetting_rate(forgetting_rate: float) -> None:
-    """Raises ``ValueError`` unless the rate lies in (0, 1]."""
+def check_selection(
+    strategy: SelectionStrategy, forgetting_rate: float, threshold: float | None
+) -> None:
+    """Raises ``ValueError`` unless the rate lies in (0, 1] and threshold and strategy fit."""
     if not 0 < forgetting_rate <= 1:
         raise ValueError(f"forgetting_rate must lie in (0, 1], got {forgetting_rate}")
+    if (threshold is None) == (strategy == "threshold"):
+        raise ValueError("give `threshold` with strategy 'threshold', and only with it")
