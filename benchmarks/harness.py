@@ -1,0 +1,70 @@
+"""What every benchmark here shares: ways that take turns, ratios of medians, one table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table.
+
+    Attributes:
+        work: What was measured.
+        compared_with: What it was measured against, in the same run.
+        figure: The ratio of medians, or seconds or bytes where ``unit`` says so.
+        bar: The limit that the figure is held against.
+        better: Whether a good figure is at most or at least the bar.
+        unit: What the figure counts.
+        details: Whatever explains the figure: medians, sizes, settings.
+    """
+
+    work: str
+    compared_with: str
+    figure: float
+    bar: float
+    better: Literal["at most", "at least"] = "at most"
+    unit: str = "x"
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the bar is met."""
+        return self.figure <= self.bar if self.better == "at most" else self.figure >= self.bar
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields and whether the bar is met."""
+        return {**asdict(self), "met": self.is_met}
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Wall-clock seconds of each way over interleaved rounds: A B C, A B C, ...
+
+    A busy machine slows all ways of a round alike, so that the ratio of medians holds.
+
+    Args:
+        ways: What is timed, by name; each call does the same work again.
+        rounds: Timed rounds.
+        warm_up: Rounds before, not timed.
+    """
+    for _ in range(warm_up):
+        for run in ways.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio_of_medians(first: Sequence[float], second: Sequence[float]) -> float:
+    """The median of the first divided by that of the second."""
+    return median(first) / median(second)
