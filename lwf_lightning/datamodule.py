@@ -9,14 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
+from lwf_lightning.data.arguments import check_arguments
 from lwf_lightning.data.batch import Batch, EncodedText, collate
-from lwf_lightning.data.encode import encode_examples
-from lwf_lightning.data.evaluation import EvalItem, Evaluation, collate_eval, eval_items
+from lwf_lightning.data.evaluation import EvalItem, Evaluation, eval_items, eval_loader
 from lwf_lightning.data.rows import Row, Split
-from lwf_lightning.data.sampler import ResumableLoader, batch_indices, even_shares, seeded_sample
+from lwf_lightning.data.sampler import ResumableLoader, batch_indices, seeded_sample
+from lwf_lightning.data.training import learning_texts, pooled_prompts
 from lwf_lightning.files import cache_root
 from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
 from lwf_lightning.tasks import (
@@ -31,18 +31,6 @@ from lwf_lightning.tasks import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_AT_LEAST_ONE = (
-    "max_length",
-    "batch_size",
-    "eval_batch_size",
-    "forget_batch_size",
-    "learning_texts",
-    "forgetting_prompts",
-    "eval_examples",
-    "max_new_tokens",
-    "elicit_batch_size",
-)
 
 
 class LWFDataModule(L.LightningDataModule):
@@ -142,7 +130,7 @@ class LWFDataModule(L.LightningDataModule):
         self.cache_dir = cache_dir
         self.num_workers = num_workers
         self.seed = seed
-        self._check_arguments()
+        check_arguments(vars(self))
         self.tasks: dict[str, Task] = {
             name: get_task(name, custom_tasks, choice_style=choice_style)
             for name in [learning_task, *self.forgetting_tasks]
@@ -162,27 +150,6 @@ class LWFDataModule(L.LightningDataModule):
         self._loader: ResumableLoader | None = None
         self._loader_state: dict[str, int] | None = None
         self._resumed_texts: str | None = None
-
-    def _check_arguments(self) -> None:
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.init_args.{name} must be at least 1, got {value}")
-        for name in ("num_workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"data.init_args.{name} must be at least 0, got {getattr(self, name)}"
-                )
-        if len(set(self.forgetting_tasks)) < len(self.forgetting_tasks):
-            raise ValueError(
-                f"data.init_args.forgetting_tasks names a task twice: {self.forgetting_tasks}"
-            )
-        if self.learning_task in self.forgetting_tasks:
-            warnings.warn(
-                f"data.init_args.forgetting_tasks holds the learning task {self.learning_task!r}: "
-                "what the model knows about it will be unlearned while it is learned",
-                stacklevel=3,
-            )
 
     def setup(self, stage: str) -> None:
         """Reads and encodes what the stage needs and is not there yet.
@@ -216,40 +183,26 @@ class LWFDataModule(L.LightningDataModule):
             self.learning_encoded, self._eval_items = [], {}
 
     def _prepare_training(self) -> None:
-        rows = seeded_sample(
-            self._rows(self.learning_task, "train"), self.learning_texts, self.seed
+        rows, task = self._rows(self.learning_task, "train"), self.tasks[self.learning_task]
+        rows = seeded_sample(rows, self.learning_texts, self.seed)
+        self.learning_encoded = learning_texts(
+            self._tokenizer, task, rows, self.max_length, self.chat_template
         )
-        examples = self.tasks[self.learning_task].examples(rows)
-        self.learning_encoded, cut = encode_examples(
-            self._tokenizer, examples, self.max_length, self.chat_template
+        self.forgetting_examples = pooled_prompts(
+            [self.tasks[name] for name in self.forgetting_tasks],
+            [self._rows(name, "train") for name in self.forgetting_tasks],
+            self.forgetting_prompts,
+            self.seed,
         )
-        if cut:
-            warnings.warn(
-                f"{cut} of {len(examples)} gold answers of {self.learning_task} are longer than "
-                f"data.init_args.max_length={self.max_length} leaves room for and lose their end",
-                stacklevel=2,
-            )
-        pools = [self._rows(name, "train") for name in self.forgetting_tasks]
-        sizes = [len(rows) for rows in pools]
-        limit = self.forgetting_prompts
-        shares = sizes if limit is None else even_shares(sizes, limit)
-        self.forgetting_examples = [
-            (name, self.tasks[name].example(row))
-            for name, rows, share in zip(self.forgetting_tasks, pools, shares, strict=True)
-            for row in seeded_sample(rows, share, self.seed)
-        ]
 
     def _prepare_evaluation(self, names: Iterable[str], split: Split, kind: Evaluation) -> None:
         for name in names:
             key = (name, split, self._eval_kind(name, kind))
             if key not in self._eval_items:
                 rows = seeded_sample(self._rows(name, split), self.eval_examples, self.seed)
+                examples = self.tasks[name].examples(rows)
                 self._eval_items[key] = eval_items(
-                    self._tokenizer,
-                    self.tasks[name].examples(rows),
-                    key[2],
-                    self.max_length,
-                    self.chat_template,
+                    self._tokenizer, examples, key[2], self.max_length, self.chat_template
                 )
 
     def _rows(self, name: str, split: Split) -> list[Row]:
@@ -393,11 +346,12 @@ class LWFDataModule(L.LightningDataModule):
 
     def _eval_loader(self, name: str, split: Split, kind: Evaluation) -> DataLoader[EvalItem]:
         kind = self._eval_kind(name, kind)
-        return DataLoader(
-            self._eval_items[name, split, kind],  # type: ignore[arg-type]  # a list is map-style
+        return eval_loader(
+            self._eval_items[name, split, kind],
+            task=name,
+            kind=kind,
             batch_size=self.eval_batch_size,
-            collate_fn=partial(collate_eval, task=name, kind=kind, pad_token_id=self.pad_token_id),
-            generator=torch.Generator().manual_seed(self.seed),  # the global one stays untouched
+            pad_token_id=self.pad_token_id,
         )
 
     def _eval_kind(self, name: str, wanted: Evaluation) -> Evaluation:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lwf_lightning.data.batch import Batch, batches_of, collate
-from lwf_lightning.data.sampler import batch_indices
+from lwf_lightning.callbacks.refresh_data import fisher_batches, probe_batches, scoring_batches
+from lwf_lightning.callbacks.refresh_report import (
+    log_refresh,
+    memory_of_refresh,
+    read_tensors,
+    write_tensors,
+)
+from lwf_lightning.data.batch import Batch
 from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.forgetting.confidence import ForgettingConfidence, forgetting_confidence
 from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
-from lwf_lightning.forgetting.gradients import TextLoss
-from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
 from lwf_lightning.forgetting.select import (
     SelectionStrategy,
     check_selection,
     select_forget_set,
 )
-from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
 from lwf_lightning.losses import Reduction
 from lwf_lightning.module import LWFModule
@@ -190,15 +192,7 @@ class FisherCallback(L.Callback):
         parameters = trainable_parameters(pl_module.model)  # type: ignore[arg-type]
         for name in self._base_weights or {}:  # the strategy may have moved or cast the model
             self._base_weights[name] = self._base_weights[name].to(parameters[name])  # type: ignore[index]
-        count = sum(parameter.numel() for parameter in parameters.values())
-        fisher = 4 * count
-        anchor = sum(p.numel() * p.element_size() for p in parameters.values())
-        rank_zero_info(
-            f"FisherCallback: {count:,} trainable parameters; a refresh holds the Fisher "
-            f"({_size(fisher)}), the anchor ({_size(anchor)}) and, while scoring, their product "
-            f"({_size(fisher)}) in memory"
-            + (f", and writes {_size(fisher + anchor)} to disk" if self.save_tensors else "")
-        )
+        rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, self.save_tensors)}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -224,11 +218,22 @@ class FisherCallback(L.Callback):
             "text_loss": text_loss,
             "progress": True,
         }
-        learning = self._learning_batches(trainer)
+        data: Any = getattr(trainer, "datamodule", None)
+        learning, forgetting = self.learning_batches, self.forget_batches
+        if learning is None:
+            learning = fisher_batches(data, self.fisher_texts, self.batch_size, self.seed)
+        if forgetting is None:
+            forgetting = scoring_batches(data, self.batch_size)
         with trainer.precision_plugin.forward_context():
             if self.anchor == "probe":
                 with exchanged_weights(model, base):
-                    probed = self._probe(trainer, pl_module, model, text_loss)
+                    probed = probe_anchor(
+                        model,
+                        self._probe_batches(data),
+                        learning_rate=self._probe_rate(pl_module),
+                        text_loss=text_loss,
+                        progress=True,
+                    )
                 with exchanged_weights(model, probed):
                     fisher = diagonal_fisher(model, learning, **fisher_options)
             else:
@@ -237,7 +242,7 @@ class FisherCallback(L.Callback):
                 anchor = probed if self.anchor == "probe" else current
                 self.scores = forgetting_confidence(
                     model,
-                    self._forget_batches(trainer),
+                    forgetting,
                     fisher=fisher,
                     anchor=anchor,
                     alpha=self.alpha,
@@ -246,7 +251,7 @@ class FisherCallback(L.Callback):
                     progress=True,
                 )
                 if self.save_tensors:
-                    self._save(trainer, fisher, anchor)
+                    self.tensors_file = write_tensors(trainer, fisher, anchor)
         self.forget_set = select_forget_set(
             self.scores.confidence,
             strategy=self.strategy,
@@ -256,8 +261,8 @@ class FisherCallback(L.Callback):
         ).tolist()
         self.refreshed_at = trainer.global_step
         if isinstance(pl_module, LWFModule):
-            trainer.datamodule.set_forget_set(self.forget_set)  # type: ignore[attr-defined]
-        self._log(trainer)
+            data.set_forget_set(self.forget_set)
+        log_refresh(trainer, self.scores, self.forget_set)
 
     def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Reads Fisher and anchor of the last refresh back from disk.
@@ -270,90 +275,21 @@ class FisherCallback(L.Callback):
         """
         if self.tensors_file is None:
             raise ValueError("no Fisher was saved: there was no refresh, or save_tensors is off")
-        tensors = load_tensors(self.tensors_file)
-        kinds: dict[str, dict[str, Tensor]] = {"fisher": {}, "anchor": {}}
-        for key, tensor in tensors.items():
-            kind, name = key.split("/", 1)
-            kinds[kind][name] = tensor
-        return kinds["fisher"], kinds["anchor"]
+        return read_tensors(self.tensors_file)
 
-    def _probe(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        model: torch.nn.Module,
-        text_loss: TextLoss | None,
-    ) -> dict[str, Tensor]:
+    def _probe_rate(self, pl_module: L.LightningModule) -> float:
         rate = self.probe_learning_rate
         if rate is None:
             rate = pl_module.hparams.get("learning_rate")
         if rate is None:
             raise ValueError("give FisherCallback a probe_learning_rate: the module has none")
-        if self.learning_batches is not None:
-            given = self.learning_batches
-            batches = [given[step % len(given)] for step in range(self.probe_steps)]
-        else:
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            texts, size = data.learning_encoded, self.probe_batch_size
-            chosen = (
-                batch_indices(len(texts), size, self.seed, step) for step in range(self.probe_steps)
-            )
-            batches = [collate([texts[i] for i in rows], data.pad_token_id) for rows in chosen]
-        return probe_anchor(model, batches, learning_rate=rate, text_loss=text_loss, progress=True)
+        return float(rate)
 
-    def _learning_batches(self, trainer: L.Trainer) -> Sequence[Batch]:
-        if self.learning_batches is not None:
-            return self.learning_batches
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        texts = data.learning_encoded
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(texts), generator=generator)[: self.fisher_texts].tolist()
-        return list(batches_of([texts[i] for i in chosen], self.batch_size, data.pad_token_id))
-
-    def _forget_batches(self, trainer: L.Trainer) -> Sequence[Batch]:
-        if self.forget_batches is not None:
-            return self.forget_batches
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        texts = [text.encoded() for text in data.self_knowledge.texts]
-        return list(batches_of(texts, self.batch_size, data.pad_token_id))
-
-    def _save(
-        self, trainer: L.Trainer, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-    ) -> None:
-        # One file per refresh: an earlier checkpoint goes on pointing to its own.
-        file = Path(str(trainer.log_dir)) / "fisher" / f"step-{trainer.global_step:06d}.safetensors"
-        parts = {"fisher": fisher, "anchor": anchor}
-        save_tensors(
-            file, {f"{kind}/{name}": t for kind, part in parts.items() for name, t in part.items()}
-        )
-        self.tensors_file = str(file)
-
-    def _log(self, trainer: L.Trainer) -> None:
-        if self.scores is None or self.forget_set is None:
-            return
-        step, confidence = trainer.global_step, self.scores.confidence
-        figures = {
-            "forget/texts": float(len(confidence)),
-            "forget/texts_selected": float(len(self.forget_set)),
-            "forget/alpha": self.scores.alpha,
-            "forget/confidence_mean": float(confidence.mean()),
-            "forget/confidence_highest": float(confidence.max()),
-            "forget/confidence_lowest": float(confidence.min()),
-        }
-        knowledge = getattr(getattr(trainer, "datamodule", None), "self_knowledge", None)
-        rows = list(score_rows(knowledge.texts, self.scores, self.forget_set)) if knowledge else []
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=step)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("forget/confidence", confidence, step)
-                if rows:
-                    logger.experiment.add_text("forget/texts", markdown_table(rows), step)
-        if rows and trainer.loggers:
-            write_jsonl(Path(str(trainer.log_dir)) / "scores" / f"step-{step:06d}.jsonl", rows)
-        rank_zero_info(
-            f"FisherCallback: step {step}: {len(self.forget_set)} of {len(confidence)} texts "
-            f"chosen to be forgotten (alpha {self.scores.alpha:.3g})"
-        )
+    def _probe_batches(self, data: Any) -> Sequence[Batch]:
+        given = self.learning_batches
+        if given is None:
+            return probe_batches(data, self.probe_steps, self.probe_batch_size, self.seed)
+        return [given[step % len(given)] for step in range(self.probe_steps)]
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives and small tensors; Fisher and anchor stay in their own file."""
@@ -389,11 +325,3 @@ class FisherCallback(L.Callback):
 
 def _is_plain(pl_module: L.LightningModule) -> bool:
     return isinstance(pl_module, LWFModule) and not pl_module.schedule.unlearns
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000  # type: ignore[assignment]
-    return f"{count:.3g} GB"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, collate
 from lwf_lightning.data.encode import encode_choices, encode_prompt
@@ -117,4 +119,16 @@ def collate_eval(
         collate([text for item in items for text in item.texts], pad_token_id),
         choice_counts=torch.tensor(choices),
         labels=torch.tensor(labels),
+    )
+
+
+def eval_loader(
+    items: Sequence[EvalItem], *, task: str, kind: Evaluation, batch_size: int, pad_token_id: int
+) -> DataLoader[EvalItem]:
+    """A loader of :class:`EvalBatch` over a task's items, in order."""
+    return DataLoader(
+        items,  # type: ignore[arg-type]  # a list is a map-style dataset
+        batch_size=batch_size,
+        collate_fn=partial(collate_eval, task=task, kind=kind, pad_token_id=pad_token_id),
+        generator=torch.Generator(),  # the global one stays untouched
     )

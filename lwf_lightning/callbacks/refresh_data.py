@@ -1,0 +1,42 @@
+"""The texts that a refresh of the FisherCallback works on, taken from the datamodule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lwf_lightning.data.batch import Batch, batches_of, collate
+from lwf_lightning.data.sampler import batch_indices
+
+if TYPE_CHECKING:
+    from lwf_lightning.datamodule import LWFDataModule
+
+
+def probe_batches(data: LWFDataModule, steps: int, batch_size: int, seed: int) -> list[Batch]:
+    """The batches of the probe, one per step, in an order set by the seed."""
+    texts = data.learning_encoded
+    return [
+        collate(
+            [texts[index] for index in batch_indices(len(texts), batch_size, seed, step)],
+            data.pad_token_id,
+        )
+        for step in range(steps)
+    ]
+
+
+def fisher_batches(data: LWFDataModule, count: int, batch_size: int, seed: int) -> list[Batch]:
+    """At most ``count`` learning texts, chosen by the seed: those behind the Fisher estimate."""
+    texts = data.learning_encoded
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(texts), generator=generator)[:count].tolist()
+    return list(batches_of([texts[i] for i in chosen], batch_size, data.pad_token_id))
+
+
+def scoring_batches(data: LWFDataModule, batch_size: int) -> list[Batch]:
+    """All texts of the self-knowledge, in order."""
+    knowledge = data.self_knowledge
+    if knowledge is None:
+        raise ValueError("elicit the self-knowledge before scoring it")
+    texts = [text.encoded() for text in knowledge.texts]
+    return list(batches_of(texts, batch_size, data.pad_token_id))

@@ -1,0 +1,55 @@
+"""What a fit needs of its tasks: encoded learning texts, and the pool of forgetting prompts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lwf_lightning.data.batch import EncodedText
+from lwf_lightning.data.encode import encode_examples
+from lwf_lightning.data.rows import Row
+from lwf_lightning.data.sampler import even_shares, seeded_sample
+from lwf_lightning.tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def learning_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    max_length: int,
+    chat_template: bool,
+) -> list[EncodedText]:
+    """Encodes rows of the learning task; warns of answers that lose their end."""
+    examples = task.examples(rows)
+    texts, cut = encode_examples(tokenizer, examples, max_length, chat_template)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(examples)} gold answers of {task.name} are longer than "
+            f"data.init_args.max_length={max_length} leaves room for and lose their end",
+            stacklevel=2,
+        )
+    return texts
+
+
+def pooled_prompts(
+    tasks: Sequence[Task], pools: Sequence[Sequence[Row]], limit: int | None, seed: int
+) -> list[tuple[str, Example]]:
+    """The forgetting prompts of all tasks, each with the name of its task.
+
+    Args:
+        tasks: The forgetting tasks.
+        pools: The rows of each.
+        limit: Prompts in all, spread evenly among the tasks; None takes every row.
+        seed: Seed of the choice under a limit.
+    """
+    sizes = [len(rows) for rows in pools]
+    shares = sizes if limit is None else even_shares(sizes, limit)
+    return [
+        (task.name, task.example(row))
+        for task, rows, share in zip(tasks, pools, shares, strict=True)
+        for row in seeded_sample(rows, share, seed)
+    ]
