@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
@@ -17,8 +15,8 @@ from lwf_lightning.evaluation import EvaluationMixin
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.schedule import ScheduleKind, UnlearningSchedule
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
-from lwf_lightning.generation import evaluation_mode
-from lwf_lightning.losses import labelled_tokens, per_text_loss
+from lwf_lightning.hyperparameters import changed_fields, check_ranges, lora_config
+from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.objectives import ObjectiveName, build_objective
 from lwf_lightning.optimization import (
@@ -28,6 +26,7 @@ from lwf_lightning.optimization import (
     labelled_token_count,
     micro_batches,
 )
+from lwf_lightning.unlearning import UnlearningMixin
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from lwf_lightning.datamodule import LWFDataModule
 
 
-class LWFModule(EvaluationMixin, L.LightningModule):
+class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
     """Fine-tunes a causal LM on the learning task and unlearns the forget set in between.
 
     Optimization is manual: each training batch is one learning step, before which the schedule
@@ -115,10 +114,10 @@ class LWFModule(EvaluationMixin, L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.lora = _lora_config(lora)
+        self.lora = lora_config(lora)
         self.save_hyperparameters(ignore=["lora"])
-        self.hparams["lora"] = None if self.lora is None else _changed_fields(self.lora)
-        _check_ranges(self.hparams)
+        self.hparams["lora"] = None if self.lora is None else changed_fields(self.lora)
+        check_ranges(self.hparams)
         self.schedule = UnlearningSchedule(schedule, unlearning_interval, ahead_steps, seed)
         self.objective = build_objective(objective, objective_options)
         self.unlearning_steps = 0
@@ -264,45 +263,6 @@ class LWFModule(EvaluationMixin, L.LightningModule):
             self.log_dict({"train/learning_rate": rate, "train/grad_norm": norm})
         optimizer.zero_grad()
 
-    def _unlearn(self) -> None:
-        batch = self._data.forget_batch(self.unlearning_steps)
-        if batch is None:  # nothing is chosen before the first refresh
-            return
-        self.phase = "unlearning"
-        batch = {key: value.to(self.device) for key, value in batch.items()}
-        reference = self._reference(batch) if self.objective.needs_reference else None
-        tokens = labelled_tokens(self.model, batch)
-        losses = self.objective(tokens, reference)
-        nll = tokens.per_text(tokens.token_losses().detach())
-        self.unlearning_steps += 1
-        if not self._is_finite(losses.detach().sum() + nll.sum(), "unlearning"):
-            return
-        # Per text, because a batch mean hides the one that has exploded.
-        pushed = nll < self.hparams["unlearning_ceiling"]
-        if not self.objective.ascends:
-            pushed = torch.ones_like(pushed)
-        figures = {
-            "unlearn/loss": losses.detach().mean(),
-            "unlearn/nll": nll.mean(),
-            "unlearn/nll_highest": nll.max(),
-            "unlearn/texts_pushed": pushed.sum(),
-        }
-        if bool(pushed.any()):
-            self.manual_backward(losses.where(pushed, 0.0).sum() / len(losses))
-            limit = self.hparams["unlearning_max_grad_norm"]
-            figures["unlearn/grad_norm"] = clip_grad_norm_(self.model.parameters(), limit)
-            optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
-            if self._is_finite(figures["unlearn/grad_norm"], "unlearning"):
-                optimizer.step()  # the bare optimizer: Lightning's wrapper would count a step
-            optimizer.zero_grad()
-        self._log_unlearning(figures)
-
-    def _reference(self, batch: Batch) -> Tensor:
-        """Summed negative log-likelihood of each text under the base weights, shape (texts,)."""
-        base = cast(dict[str, Tensor], self.base_weights)
-        with torch.no_grad(), evaluation_mode(self.model), exchanged_weights(self.model, base):
-            return per_text_loss(self.model, batch, reduction="sum")
-
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         if bool(torch.isfinite(value)):
             return True
@@ -318,14 +278,6 @@ class LWFModule(EvaluationMixin, L.LightningModule):
                 "checkpoint, or allow more with model.init_args.max_skipped_steps"
             )
         return False
-
-    def _log_unlearning(self, figures: dict[str, Tensor]) -> None:
-        """Logs at once: Lightning's own rhythm would miss most of these rare steps."""
-        values = {name: float(value) for name, value in figures.items()}
-        values["unlearn/steps"] = float(self.unlearning_steps)
-        for logger in self.loggers:
-            logger.log_metrics(values, step=self.trainer.global_step)
-        self.log("unlearn/loss", values["unlearn/loss"], prog_bar=True, logger=False)
 
     @property
     def _data(self) -> LWFDataModule:
@@ -351,45 +303,3 @@ class LWFModule(EvaluationMixin, L.LightningModule):
         self._random_state = state["random_state"]
         if state["base_weights"] is not None:
             self.base_weights = dict(state["base_weights"])
-
-
-def _lora_config(lora: Any) -> LoraConfig | None:
-    """Takes the dict that comes back from a checkpoint's hyperparameters, too."""
-    if not isinstance(lora, Mapping):
-        return lora  # type: ignore[no-any-return]
-    from peft import LoraConfig
-
-    return LoraConfig(**lora)
-
-
-def _changed_fields(lora: LoraConfig) -> dict[str, Any]:
-    """What differs from the default, as primitives that load under ``weights_only=True``."""
-    default = asdict(type(lora)())
-    changed = {name: value for name, value in asdict(lora).items() if value != default[name]}
-    return {
-        name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()
-    }
-
-
-def _check_ranges(values: Mapping[str, Any]) -> None:
-    for name in ("learning_rate", "max_grad_norm", "unlearning_max_grad_norm", "unlearning_scale"):
-        if not values[name] > 0:
-            raise ValueError(f"model.init_args.{name} must be above 0, got {values[name]}")
-    if not values["unlearning_ceiling"] > 0:
-        raise ValueError(
-            "model.init_args.unlearning_ceiling must be above 0, got "
-            f"{values['unlearning_ceiling']}"
-        )
-    if not all(0 <= beta < 1 for beta in values["betas"]):
-        raise ValueError(f"model.init_args.betas must lie in [0, 1), got {values['betas']}")
-    for name in ("weight_decay", "max_skipped_steps"):
-        if not values[name] >= 0:
-            raise ValueError(f"model.init_args.{name} must be at least 0, got {values[name]}")
-    if not 0 <= values["warmup_ratio"] <= 1:
-        raise ValueError(
-            f"model.init_args.warmup_ratio must lie in [0, 1], got {values['warmup_ratio']}"
-        )
-    if values["micro_batch_size"] is not None and values["micro_batch_size"] < 1:
-        raise ValueError(
-            f"model.init_args.micro_batch_size must be at least 1, got {values['micro_batch_size']}"
-        )

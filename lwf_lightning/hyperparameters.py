@@ -1,0 +1,57 @@
+"""The arguments of LWFModule: their ranges, and a LoRA configuration that fits in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def lora_config(lora: Any) -> LoraConfig | None:
+    """Takes the dict that comes back from a checkpoint's hyperparameters, too."""
+    if not isinstance(lora, Mapping):
+        return lora  # type: ignore[no-any-return]
+    from peft import LoraConfig
+
+    return LoraConfig(**lora)
+
+
+def changed_fields(lora: LoraConfig) -> dict[str, Any]:
+    """What differs from the default, as primitives that load under ``weights_only=True``."""
+    default = asdict(type(lora)())
+    changed = {name: value for name, value in asdict(lora).items() if value != default[name]}
+    return {
+        name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()
+    }
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Refuses a value that is out of range.
+
+    Raises:
+        ValueError: It names the argument as the command line does.
+    """
+    for name in ("learning_rate", "max_grad_norm", "unlearning_max_grad_norm", "unlearning_scale"):
+        if not values[name] > 0:
+            raise ValueError(f"model.init_args.{name} must be above 0, got {values[name]}")
+    if not values["unlearning_ceiling"] > 0:
+        raise ValueError(
+            "model.init_args.unlearning_ceiling must be above 0, got "
+            f"{values['unlearning_ceiling']}"
+        )
+    if not all(0 <= beta < 1 for beta in values["betas"]):
+        raise ValueError(f"model.init_args.betas must lie in [0, 1), got {values['betas']}")
+    for name in ("weight_decay", "max_skipped_steps"):
+        if not values[name] >= 0:
+            raise ValueError(f"model.init_args.{name} must be at least 0, got {values[name]}")
+    if not 0 <= values["warmup_ratio"] <= 1:
+        raise ValueError(
+            f"model.init_args.warmup_ratio must lie in [0, 1], got {values['warmup_ratio']}"
+        )
+    if values["micro_batch_size"] is not None and values["micro_batch_size"] < 1:
+        raise ValueError(
+            f"model.init_args.micro_batch_size must be at least 1, got {values['micro_batch_size']}"
+        )
