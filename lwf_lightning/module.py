@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.distributed import check_strategy
 from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.evaluation import EvaluationMixin
 from lwf_lightning.forgetting.elicit import SelfKnowledge
@@ -148,15 +149,12 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         """Loads the model, once."""
         if hasattr(self, "model"):
             return
+        if self._trainer is not None:
+            check_strategy(self.trainer)
         if self._trainer is not None and self.trainer.world_size > 1:
             raise ValueError(
                 f"trainer.devices asks for {self.trainer.world_size} processes; "
                 "LWFModule runs on one process so far: set trainer.devices to 1"
-            )
-        if self._trainer is not None and str(self.trainer.precision).startswith("16"):
-            raise ValueError(
-                f"trainer.precision {self.trainer.precision} is not supported: its loss scaling "
-                "does not reach unlearning steps. Set it to bf16-mixed or bf16-true"
             )
         self.model = load_model(  # type: ignore[assignment]  # PEFT's wrapper behaves as one
             self.hparams["model_name"],

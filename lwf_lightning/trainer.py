@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 
 from lwf_lightning.callbacks.fisher import FisherCallback
 from lwf_lightning.callbacks.progress import PhaseProgressBar
 from lwf_lightning.datamodule import LWFDataModule
+from lwf_lightning.distributed import check_strategy, check_strategy_flag
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.report import score_rows, write_jsonl
 from lwf_lightning.module import LWFModule
@@ -52,6 +55,8 @@ class LWFTrainer(L.Trainer):
         enable_progress_bar: Whether to show progress: with the phase, unless ``callbacks`` holds
             a progress bar of your own.
         default_root_dir: Folder of this experiment's runs.
+        strategy: ``auto`` or ``ddp``; see docs/multi-gpu.md.
+        use_distributed_sampler: Stays off: the datamodule shares out the texts itself.
         **kwargs: See Lightning's Trainer.
     """
 
@@ -62,8 +67,12 @@ class LWFTrainer(L.Trainer):
         callbacks: list[L.Callback] | L.Callback | None = None,
         enable_progress_bar: bool | None = None,
         default_root_dir: str | Path = "runs",
+        strategy: str | Strategy = "auto",
+        use_distributed_sampler: bool = False,
         **kwargs: Any,
     ) -> None:
+        sizes = [kwargs.get(name) for name in ("devices", "num_nodes")]
+        check_strategy_flag(strategy, prod(size for size in sizes if isinstance(size, int)))
         for flag, (default, instead) in _INSTEAD.items():
             if kwargs.get(flag) not in (None, default):
                 raise ValueError(f"trainer.{flag} belongs to automatic optimization: set {instead}")
@@ -86,8 +95,11 @@ class LWFTrainer(L.Trainer):
             callbacks=callbacks,
             enable_progress_bar=enable_progress_bar,
             default_root_dir=default_root_dir,
+            strategy=strategy,
+            use_distributed_sampler=use_distributed_sampler,
             **kwargs,
         )
+        check_strategy(self)
 
     def elicit(
         self,
