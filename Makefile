@@ -45,8 +45,12 @@ format: install ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## Measure scoring and Fisher against plain passes
-	$(BIN)/python -m benchmarks.scoring
+bench: $(VENV)/bench smollm2 ## Measure everything against its bar: one table, benchmarks/results.json
+	$(BIN)/python -m benchmarks
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,12 @@
-"""What every benchmark here shares: ways that take turns, ratios of medians, one table."""
+"""What every benchmark here shares: ways that take turns, ratios of medians, one table.
+
+A benchmark is a module of this folder with a function
+
+    def results(*, quick: bool = False) -> Iterator[Result | Skipped]: ...
+
+``python -m benchmarks`` finds it by that name. ``quick`` asks for a small version of the same
+code, some seconds long: its figures mean nothing, but it shows that the benchmark still runs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +25,7 @@ class Result:
         work: What was measured.
         compared_with: What it was measured against, in the same run.
         figure: The ratio of medians, or seconds or bytes where ``unit`` says so.
-        bar: The limit that the figure is held against.
+        bar: The limit that the figure is held against; None where there is none.
         better: Whether a good figure is at most or at least the bar.
         unit: What the figure counts.
         details: Whatever explains the figure: medians, sizes, settings.
@@ -26,19 +34,34 @@ class Result:
     work: str
     compared_with: str
     figure: float
-    bar: float
+    bar: float | None
     better: Literal["at most", "at least"] = "at most"
     unit: str = "x"
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def is_met(self) -> bool:
-        """Whether the bar is met."""
+    def is_met(self) -> bool | None:
+        """Whether the bar is met; None without a bar."""
+        if self.bar is None:
+            return None
         return self.figure <= self.bar if self.better == "at most" else self.figure >= self.bar
 
     def as_json(self) -> dict[str, Any]:
         """All fields and whether the bar is met."""
         return {**asdict(self), "met": self.is_met}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A line of the table that could not be measured here, and why."""
+
+    work: str
+    compared_with: str
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields."""
+        return {"work": self.work, "compared_with": self.compared_with, "skipped": self.reason}
 
 
 def take_turns(

@@ -1,0 +1,121 @@
+"""All benchmarks, one table: ``python -m benchmarks`` (or ``make bench``).
+
+    python -m benchmarks                    # all of them, in about half an hour
+    python -m benchmarks --only scoring     # one of them; the others keep their last results
+    python -m benchmarks --resume           # what has not finished at this commit
+    python -m benchmarks --quick            # does everything still run? the figures mean nothing
+    python -m benchmarks --markdown         # the table of the last results, without a run
+
+``benchmarks/results.json`` is written after each benchmark: machine, versions, commit, threads and
+every figure with what it was made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import pkgutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import record
+from benchmarks.harness import Result, Skipped
+
+
+def find_benchmarks() -> dict[str, ModuleType]:
+    """The modules of this folder that offer ``results``, by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    modules = {
+        name: import_module(f"benchmarks.{name}") for name in names if not name.startswith("_")
+    }
+    return {name: module for name, module in modules.items() if hasattr(module, "results")}
+
+
+def run(module: ModuleType, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """The results of one benchmark; what cannot run becomes a line that says why."""
+    name = module.__name__.rpartition(".")[2]
+    try:
+        if not quick:
+            found: Iterator[Result | Skipped] = module.results()
+        elif "quick" in inspect.signature(module.results).parameters:
+            found = module.results(quick=True)
+        else:
+            found = iter([Skipped(name, "", "it has no quick version")])
+        for result in found:
+            yield result.as_json()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("lwf_lightning", "benchmarks"):
+            raise
+        yield Skipped(name, "", f"the package {error.name} is not installed").as_json()
+    except Exception as error:  # the other benchmarks go on, and the exit status tells
+        failed = f"{type(error).__name__}: {error}"
+        yield {"work": name, "compared_with": "", "failed": " ".join(failed.split())}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is asked for, prints the table and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks only")
+    parser.add_argument("--quick", action="store_true", help="a smoke test; nothing is kept")
+    parser.add_argument("--resume", action="store_true", help="leave out what is done already")
+    parser.add_argument("--markdown", action="store_true", help="print the last results only")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=record.RESULTS)
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        print(record.markdown_table(record.lines(record.read(options.output)["benchmarks"])))
+        return 0
+    benchmarks = find_benchmarks()
+    if unknown := sorted(set(options.only or ()) - benchmarks.keys()):
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(benchmarks)}")
+    torch.set_num_threads(options.threads)
+    console, commit = Console(), record.commit()
+    kept = record.read(options.output)
+    ran: dict[str, Any] = {}
+    for name in options.only or benchmarks:
+        known = kept["benchmarks"].get(name)
+        if options.resume and not options.quick and _is_done(known, commit, options.threads):
+            ran[name] = known
+            continue
+        start, found = time.perf_counter(), []
+        with console.status(f"{name} ...") as status:
+            for result in run(benchmarks[name], quick=options.quick):
+                found.append(result)
+                status.update(f"{name}: {len(found)} done, the last: {result['work']}")
+        ran[name] = {
+            "commit": commit,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "threads": options.threads,
+            "seconds": round(time.perf_counter() - start, 1),
+            "results": found,
+        }
+        console.print(f"{name}: {ran[name]['seconds']:.0f} s")
+        if not options.quick:
+            kept["benchmarks"][name] = ran[name]
+            record.write(options.output, kept)
+    title = f"{options.threads} threads, commit {commit}" + (
+        ", quick: the figures mean nothing" if options.quick else ""
+    )
+    console.print(record.rich_table(record.lines(ran), title))
+    return int(any("failed" in result for entry in ran.values() for result in entry["results"]))
+
+
+def _is_done(known: dict[str, Any] | None, commit: str | None, threads: int) -> bool:
+    """Whether an earlier run measured the same code in the same way, to its end."""
+    if known is None or commit is None or commit.endswith("+"):
+        return False
+    is_same = known["commit"] == commit and known["threads"] == threads
+    return is_same and not any("failed" in result for result in known["results"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Where and when a benchmark ran, its file of results, and the table that is made of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from lwf_lightning.files import whole_file
+
+RESULTS = Path(__file__).parent / "results.json"
+COLUMNS = ("benchmark", "work", "compared with", "figure", "bar", "")
+_PACKAGES = (
+    *("torch", "lightning", "transformers", "peft", "trl", "opacus"),
+    "lwf-lightning",
+)
+
+
+def surroundings() -> dict[str, Any]:
+    """What figures depend on beside the code: the machine and the versions."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(memory / 1e9, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {"python": platform.python_version(), **dict(_versions())},
+    }
+
+
+def _versions() -> Iterator[tuple[str, str | None]]:
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def commit() -> str | None:
+    """The commit checked out here, with ``+`` if files of it were changed; None outside git."""
+    here = Path(__file__).parent
+    try:
+        head = _git(here, "rev-parse", "--short=12", "HEAD")
+        # The file of results itself changes while it is made.
+        changed = _git(
+            here, "status", "--porcelain", "--untracked-files=no", ":/", ":!results.json"
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results of earlier runs with the same machine and versions; else none."""
+    here = surroundings()
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if all(found.get(key) == value for key, value in here.items()):
+            return found
+    return {**here, "benchmarks": {}}
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def lines(benchmarks: Mapping[str, Mapping[str, Any]]) -> list[Sequence[str]]:
+    """One line per result, a text for each of :data:`COLUMNS`."""
+    return [
+        (name, *_cells(result))
+        for name, benchmark in benchmarks.items()
+        for result in benchmark["results"]
+    ]
+
+
+def _cells(result: Mapping[str, Any]) -> tuple[str, ...]:
+    for kind in ("skipped", "failed"):
+        if kind in result:
+            return (result["work"], result["compared_with"], "", "", f"{kind}: {result[kind]}")
+    bar = result["bar"]
+    return (
+        result["work"],
+        result["compared_with"],
+        _number(result["figure"], result["unit"]),
+        "" if bar is None else f"{result['better']} {_number(bar, result['unit'])}",
+        {True: "met", False: "missed", None: ""}[result["met"]],
+    )
+
+
+def _number(value: float, unit: str) -> str:
+    text = f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    return f"{text} {unit}"
+
+
+def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    """The table for a terminal."""
+    table = Table(title=title, title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column in ("figure", "bar") else "left")
+    for row in rows:
+        table.add_row(*row, style=None if row[-1] in ("met", "") else "yellow")
+    return table
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The table for ``docs/performance.md``."""
+    head = [COLUMNS, ["---"] * len(COLUMNS)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *rows])

@@ -1,0 +1,153 @@
+"""``python -m benchmarks``: what is run, kept and said; not how fast anything is."""
+
+import json
+from types import ModuleType
+
+import pytest
+
+from benchmarks import __main__ as program
+from benchmarks import record
+from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
+
+
+def benchmark(name, results):
+    module = ModuleType(f"benchmarks.{name}")
+    module.results = results
+    return module
+
+
+def met(*, quick=False):
+    yield Result("sort", "bubble sort", 0.5, 1.0, details={"medians": [1.0, 2.0], "quick": quick})
+    yield Skipped("sort", "quantum sort", "there is no quantum computer")
+
+
+def missing(*, quick=False):
+    yield Result("a", "b", 3.0, 2.0, "at least")
+    raise ModuleNotFoundError("No module named 'trl'", name="trl")
+
+
+def broken(*, quick=False):
+    yield Result("a", "b", 3.0, 2.0)
+    raise RuntimeError("out of\nluck")
+
+
+@pytest.fixture
+def with_benchmarks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # or the table would be cut to fit
+
+    def use(**functions):
+        modules = {name: benchmark(name, function) for name, function in functions.items()}
+        monkeypatch.setattr(program, "find_benchmarks", lambda: modules)
+        monkeypatch.setattr(record, "commit", lambda: "abc")
+
+    return use
+
+
+def test_ways_take_turns():
+    calls = []
+    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = take_turns(ways, rounds=2)
+    assert calls == list("ab" * 3)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_ratio_of_medians_ignores_one_slow_round():
+    assert ratio_of_medians([2.0, 2.0, 90.0], [4.0, 4.0, 4.0]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("figure", "bar", "better", "is_met"),
+    [
+        (1.0, 1.0, "at most", True),
+        (1.1, 1.0, "at most", False),
+        (1.0, 1.0, "at least", True),
+        (0.9, 1.0, "at least", False),
+        (0.9, None, "at least", None),
+    ],
+)
+def test_a_bar_is_met_at_its_value(figure, bar, better, is_met):
+    assert Result("a", "b", figure, bar, better).is_met is is_met
+
+
+def test_results_are_written_with_all_that_they_depend_on(with_benchmarks, tmp_path, capsys):
+    with_benchmarks(fast=met)
+    file = tmp_path / "results.json"
+    assert program.main(["--output", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["machine"]["cores"] >= 1
+    assert found["versions"]["torch"]
+    entry = found["benchmarks"]["fast"]
+    assert entry["commit"] == "abc"
+    assert entry["results"][0]["met"] is True
+    assert entry["results"][0]["details"]["medians"] == [1.0, 2.0]
+    assert "skipped: there is no" in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_missing_package_and_a_failure_leave_the_rest_alone(with_benchmarks, tmp_path):
+    with_benchmarks(poor=missing, bad=broken, fast=met)
+    file = tmp_path / "results.json"
+    assert program.main(["--output", str(file)]) == 1
+    entries = json.loads(file.read_text())["benchmarks"]
+    assert entries["poor"]["results"][1]["skipped"] == "the package trl is not installed"
+    assert entries["bad"]["results"][1]["failed"] == "RuntimeError: out of luck"
+    assert entries["fast"]["results"][0]["figure"] == 0.5
+
+
+def test_a_resumed_run_measures_what_is_not_done_at_this_commit(
+    with_benchmarks, tmp_path, monkeypatch
+):
+    runs = []
+
+    def counted(name, results):
+        return lambda *, quick=False: (runs.append(name), results())[1]
+
+    with_benchmarks(fast=counted("fast", met), bad=counted("bad", broken))
+    output = ["--output", str(tmp_path / "results.json")]
+    program.main(output)
+    program.main(["--resume", *output])
+    assert runs == ["fast", "bad", "bad"]  # what failed is tried again
+    monkeypatch.setattr(record, "commit", lambda: "later")
+    program.main(["--resume", "--only", "fast", *output])
+    assert runs[3:] == ["fast"]
+    assert set(json.loads((tmp_path / "results.json").read_text())["benchmarks"]) == {"fast", "bad"}
+
+
+def test_results_of_another_machine_are_not_mixed_in(with_benchmarks, tmp_path):
+    with_benchmarks(fast=met)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"machine": {"cpu": "abacus"}, "benchmarks": {"old": {}}}))
+    program.main(["--output", str(file)])
+    assert set(json.loads(file.read_text())["benchmarks"]) == {"fast"}
+
+
+def test_a_quick_run_keeps_nothing(with_benchmarks, tmp_path, capsys):
+    with_benchmarks(fast=met, unprepared=lambda: met())
+    assert program.main(["--quick", "--output", str(tmp_path / "results.json")]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "no quick version" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_unknown_name_is_refused(with_benchmarks, capsys):
+    with_benchmarks(fast=met)
+    with pytest.raises(SystemExit):
+        program.main(["--only", "fats"])
+    assert "no benchmark 'fats'; there are fast" in capsys.readouterr().err
+
+
+def test_the_table_for_the_document_is_made_of_the_file(with_benchmarks, tmp_path, capsys):
+    with_benchmarks(fast=met)
+    output = ["--output", str(tmp_path / "results.json")]
+    program.main(output)
+    capsys.readouterr()
+    program.main(["--markdown", *output])
+    assert (
+        "| fast | sort | bubble sort | 0.50 x | at most 1.00 x | met |" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", program.find_benchmarks())
+def test_every_benchmark_has_a_quick_version(name):
+    import inspect
+
+    assert "quick" in inspect.signature(program.find_benchmarks()[name].results).parameters
