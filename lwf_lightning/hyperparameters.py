@@ -51,7 +51,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model.init_args.warmup_ratio must lie in [0, 1], got {values['warmup_ratio']}"
         )
-    if values["micro_batch_size"] is not None and values["micro_batch_size"] < 1:
+    if values["tokens_per_pass"] is not None and values["tokens_per_pass"] < 1:
         raise ValueError(
-            f"model.init_args.micro_batch_size must be at least 1, got {values['micro_batch_size']}"
+            f"model.init_args.tokens_per_pass must be at least 1, got {values['tokens_per_pass']}"
         )

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.distributed import check_strategy
+from lwf_lightning.data.passes import forward_passes
+from lwf_lightning.distributed import check_strategy, gradient_sync
 from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.evaluation import EvaluationMixin
 from lwf_lightning.forgetting.elicit import SelfKnowledge
@@ -25,7 +26,6 @@ from lwf_lightning.optimization import (
     build_adamw,
     build_learning_rate_schedule,
     labelled_token_count,
-    micro_batches,
 )
 from lwf_lightning.unlearning import UnlearningMixin
 
@@ -57,8 +57,9 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         learning_rate_schedule: After the warm-up: constant, or to zero, linearly or by a cosine.
         warmup_ratio: Share of the learning steps over which the learning rate rises.
         max_grad_norm: The learning gradient is clipped to this norm; above 0.
-        micro_batch_size: Texts per forward pass; a step's batch is cut into parts of this size,
-            whose gradients add up to the same step. None: the batch is one part.
+        tokens_per_pass: A step's batch goes through the model in passes of texts of similar
+            length, whose gradients add up to the same step; a pass holds at most so many tokens,
+            padding included, but at least one text. None: as many as are quickest.
         schedule: When to unlearn; see :class:`~lwf_lightning.forgetting.UnlearningSchedule`.
         unlearning_interval: Learning steps between two unlearning steps (N_u of the paper).
         ahead_steps: Unlearning steps before the first learning step, for ``ahead`` and
@@ -100,7 +101,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         learning_rate_schedule: LearningRateSchedule = "cosine",
         warmup_ratio: float = 0.01,
         max_grad_norm: float = 1.0,
-        micro_batch_size: int | None = None,
+        tokens_per_pass: int | None = None,
         schedule: ScheduleKind = "periodic",
         unlearning_interval: int = 8,
         ahead_steps: int = 20,
@@ -246,9 +247,11 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         tokens = labelled_token_count(batch)
         loss = torch.zeros((), device=self.device, dtype=torch.float32)
-        for part in micro_batches(batch, self.hparams["micro_batch_size"]):
-            part_loss = labelled_tokens(self.model, part).token_losses().sum() / tokens
-            self.manual_backward(part_loss)
+        passes = forward_passes(self.model, batch, self.hparams["tokens_per_pass"])
+        for number, part in enumerate(passes, start=1):
+            with gradient_sync(self.trainer, number == len(passes)):
+                part_loss = labelled_tokens(self.model, part).token_losses().sum() / tokens
+                self.manual_backward(part_loss)
             loss += part_loss.detach()
         norm = clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
         if self._is_finite(norm + loss, "learning"):

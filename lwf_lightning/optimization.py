@@ -1,8 +1,8 @@
-"""Optimizers, the learning-rate schedule, and a batch cut into micro-batches."""
+"""Optimizers, the learning-rate schedule, and what a step's loss is divided by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 LearningRateSchedule: TypeAlias = Literal["constant", "linear", "cosine"]
+
+
+def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether torch has an AdamW step for them that goes through each tensor only once."""
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def build_adamw(
@@ -29,7 +34,12 @@ def build_adamw(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=betas,
+        fused=can_fuse(trained) or None,  # None: the next best, which False would rule out
+    )
 
 
 def build_learning_rate_schedule(
@@ -49,22 +59,6 @@ def build_learning_rate_schedule(
         num_warmup_steps=round(warmup_ratio * learning_steps),
         num_training_steps=learning_steps,
     )
-
-
-def micro_batches(batch: Batch, texts: int | None) -> Iterator[Batch]:
-    """Cuts a batch into parts of at most ``texts`` rows, each without needless padding.
-
-    Args:
-        batch: Right-padded, each tensor (texts, tokens).
-        texts: Rows per part; None for the whole batch, as it is.
-    """
-    if texts is None or texts >= len(batch["labels"]):
-        yield batch
-        return
-    for start in range(0, len(batch["labels"]), texts):
-        part = {key: value[start : start + texts] for key, value in batch.items()}
-        width = int(part["attention_mask"].sum(dim=1).max())
-        yield {key: value[:, :width] for key, value in part.items()}
 
 
 def labelled_token_count(batch: Batch) -> int:

@@ -22,7 +22,7 @@ from lwf_lightning.forgetting.report import score_rows, write_jsonl
 from lwf_lightning.module import LWFModule
 
 _INSTEAD = {  # Lightning's flag: its default, and what does the same here
-    "accumulate_grad_batches": (1, "model.init_args.micro_batch_size, which cuts a step's batch"),
+    "accumulate_grad_batches": (1, "model.init_args.tokens_per_pass, which cuts a step's batch"),
     "gradient_clip_val": (None, "model.init_args.max_grad_norm"),
 }
 

@@ -10,9 +10,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.data.passes import forward_passes
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.weights import copy_weights, trainable_parameters
 from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.optimization import can_fuse, labelled_token_count
 
 
 def probe_anchor(
@@ -52,7 +54,12 @@ def probe_anchor(
     training, start = model.training, copy_weights(model)
     parameters = list(trainable_parameters(model).values())
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        fused=can_fuse(parameters) or None,
+    )
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     kept_gradients = [parameter.grad for parameter in parameters]
     random_state = torch.get_rng_state()
@@ -61,17 +68,12 @@ def probe_anchor(
         for step, batch in enumerate(tqdm(batches, desc="Probe", disable=not progress)):
             optimizer.zero_grad()
             batch = {key: value.to(device) for key, value in batch.items()}
-            with torch.enable_grad():
-                if text_loss is None:
-                    loss = labelled_tokens(model, batch).token_losses().mean()
-                else:
-                    loss = text_loss(model, batch).mean()
+            loss = _backward(model, batch, text_loss)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(
                     f"the probe's loss became {loss.item()} at step {step + 1}; "
                     f"lower its learning rate (now {learning_rate:g})"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
             clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             decay.step()
@@ -83,3 +85,18 @@ def probe_anchor(
         for name, parameter in trainable_parameters(model).items():
             parameter.data = start[name]
         model.train(training)
+
+
+@torch.enable_grad()
+def _backward(model: nn.Module, batch: Batch, text_loss: TextLoss | None) -> Tensor:
+    """Adds the gradient of the batch's loss to that of the parameters, and returns the loss."""
+    if text_loss is not None:
+        loss = text_loss(model, batch).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+    tokens, losses = labelled_token_count(batch), []
+    for part in forward_passes(model, batch):
+        loss = labelled_tokens(model, part).token_losses().sum() / tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.data.passes import take_texts, texts_of_passes
 from lwf_lightning.losses import labelled_tokens
 
 
@@ -25,8 +26,13 @@ def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tens
     Raises:
         ValueError: If no position of the batch carries a label.
     """
-    tokens = labelled_tokens(model, batch)
-    return -tokens.per_text(tokens.token_losses(), "sum"), tokens.tokens_per_text()
+    groups = texts_of_passes(model, batch)
+    passes = [labelled_tokens(model, take_texts(batch, texts)) for texts in groups]
+    sums = torch.cat([-tokens.per_text(tokens.token_losses(), "sum") for tokens in passes])
+    counts = torch.cat([tokens.tokens_per_text() for tokens in passes])
+    order = torch.tensor([text for texts in groups for text in texts], device=sums.device)
+    place = order.argsort()
+    return sums[place], counts[place]
 
 
 def predicted_choices(

@@ -56,6 +56,7 @@ def test_never_is_plain_fine_tuning_bit_for_bit(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=1e-2,
         betas=(0.9, 0.95),
+        fused=True,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, 8)
     for step in range(8):
@@ -140,13 +141,13 @@ def test_the_ceiling_stops_the_ascent(
     torch.testing.assert_close(recorder.weights, plain.weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_micro_batches_add_up_to_the_same_step(
-    parts: int, make_module: Make, make_data: Make, make_trainer: Make
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_passes_add_up_to_the_same_step(
+    tokens: int, make_module: Make, make_data: Make, make_trainer: Make
 ) -> None:
     whole, cut = Recorder(), Recorder()
     make_trainer(callbacks=[whole]).fit(make_module(schedule="never"), make_data())
-    module = make_module(schedule="never", micro_batch_size=parts)
+    module = make_module(schedule="never", tokens_per_pass=tokens)
     make_trainer(callbacks=[cut]).fit(module, make_data())
     # one AdamW step from zero moments has the sign of the gradient: rounding shows there most
     torch.testing.assert_close(cut.weights[-1], whole.weights[-1], rtol=1e-3, atol=1e-4)
@@ -395,7 +396,7 @@ def test_without_a_scorer_the_run_refuses_or_unlearns_everything(
         ({"learning_rate": 0.0}, "model.init_args.learning_rate must be above 0"),
         ({"unlearning_scale": -1.0}, "model.init_args.unlearning_scale must be above 0"),
         ({"warmup_ratio": 1.5}, r"model.init_args.warmup_ratio must lie in \[0, 1\]"),
-        ({"micro_batch_size": 0}, "model.init_args.micro_batch_size must be at least 1"),
+        ({"tokens_per_pass": 0}, "model.init_args.tokens_per_pass must be at least 1"),
         ({"objective": "bogus"}, "unknown objective 'bogus'"),
         ({"schedule": "bogus"}, "unknown schedule 'bogus'"),
     ],

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lwf_lightning.optimization import build_adamw, can_fuse
+
+
+def one_step(weight: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    weight.grad = torch.arange(weight.numel()).reshape(weight.shape).to(weight) - 2.0
+    optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7,)])
+def test_the_fused_step_is_the_plain_one_and_vectors_are_not_decayed(shape: tuple[int]) -> None:
+    start = torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    fused, plain = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = build_adamw([fused], learning_rate=0.1, weight_decay=0.3, betas=(0.8, 0.9))
+    assert optimizer.param_groups[0]["fused"]
+    decay = 0.3 if len(shape) == 2 else 0.0
+    by_hand = torch.optim.AdamW([plain], lr=0.1, weight_decay=decay, betas=(0.8, 0.9))
+    for _ in range(3):
+        torch.testing.assert_close(one_step(fused, optimizer), one_step(plain, by_hand))
+
+
+def test_where_torch_cannot_fuse_the_plain_step_is_taken() -> None:
+    parameters = [nn.Parameter(torch.ones(2, dtype=torch.complex64))]
+    assert not can_fuse(parameters)
+    optimizer = build_adamw(parameters, learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.95))
+    assert not optimizer.param_groups[0]["fused"]
+    one_step(parameters[0], optimizer)
