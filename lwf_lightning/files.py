@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lwf_lightning.errors import DiskFullError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}")
 
 
 def cache_root() -> Path:
@@ -21,13 +28,14 @@ def cache_root() -> Path:
 
 
 def _temporary_sibling(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with full_disk_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Writes a file whole or not at all.
+    """Writes a file whole or not at all, whatever ends the process or the machine.
 
     Args:
         path: The file to write; its folder is made, an earlier file is replaced at once.
@@ -35,6 +43,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Yields:
         A path in the same folder to write to. It takes the place of ``path`` when the block ends
         and is removed when the block raises.
+
+    Raises:
+        DiskFullError: If the disk is full; names ``path``.
 
     Example:
         >>> import tempfile
@@ -47,8 +58,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary_sibling(path)
     try:
-        yield temporary
-        temporary.replace(path)
+        with full_disk_named(path):
+            yield temporary
+            _to_disk(temporary)  # else the new name could outlive a power cut, and not the content
+            temporary.replace(path)
+            _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,15 +80,20 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: If ``path`` exists and is not an empty folder, before or after the block.
+        DiskFullError: If the disk is full; names ``path``.
     """
     path = Path(path)
     require_free(path)
     temporary = _temporary_sibling(path)
     temporary.mkdir()
     try:
-        yield temporary
-        require_free(path)
-        temporary.replace(path)
+        with full_disk_named(path):
+            yield temporary
+            for part in temporary.rglob("*"):
+                _to_disk(part)
+            require_free(path)
+            temporary.replace(path)
+            _to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -83,3 +102,50 @@ def require_free(folder: Path) -> None:
     """Raises ``ValueError`` unless the path is absent or an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: name another folder, or remove this one")
+
+
+@contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """Turns whatever a full disk raises in the block into an error that names the file.
+
+    Raises:
+        DiskFullError: If the disk is full, the user's quota used up, or the file too large.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskFullError) or not _says_no_space(error):
+            raise
+        raise DiskFullError(
+            f"{path} could not be written, no space is left: free some. What was written before "
+            "is whole; a fit goes on with the same command and --ckpt_path last"
+        ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers of files in this folder left behind; nothing may be writing."""
+    for file in folder.glob(".*"):
+        if file.is_file() and _LEFTOVER.fullmatch(file.name):
+            file.unlink()
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _says_no_space(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        # safetensors is written in Rust: its errors carry the number in their text only
+        if any(f"os error {number}" in str(error) for number in _NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

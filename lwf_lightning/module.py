@@ -27,6 +27,7 @@ from lwf_lightning.optimization import (
     build_learning_rate_schedule,
     labelled_token_count,
 )
+from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.unlearning import UnlearningMixin
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         self.skipped_steps = 0
         self.phase = "learning"
         self._unlearned_before = -1  # the learning step whose unlearning steps are done
-        self._random_state: Tensor | None = None
+        self._random_state: dict[str, Tensor] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -226,10 +227,10 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             knowledge = cast(SelfKnowledge, self._data.self_knowledge)
             self._data.set_forget_set(range(len(knowledge.texts)))
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_start(self) -> None:
         """Puts back the random state of a resumed run, so that dropout goes on where it was."""
         if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
+            restore_random_state(self._random_state, self.device)
             self._random_state = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -290,7 +291,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             "unlearning_steps": self.unlearning_steps,
             "unlearned_before": self._unlearned_before,
             "skipped_steps": self.skipped_steps,
-            "random_state": torch.get_rng_state(),
+            "random_state": random_state(self.device),
             # An adapter starts at random, so a resumed run cannot find its start again.
             "base_weights": self.base_weights if self.lora is not None else None,
         }
