@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.forgetting.gradients import (
-    BlockReducer,
+    ParameterSink,
     TextLoss,
     as_matrix,
     reduce_gradients,
@@ -169,15 +170,36 @@ class _InnerProducts:
         self.alignment.append(zeros)
         self.sensitivity.append(zeros.clone())
 
-    def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
-        """Adds the block's share of both inner products."""
-        alignment, sensitivity = self.alignment[-1], self.sensitivity[-1]
-        fisher = as_matrix(self.fisher[name])[rows].flatten()
-        weighted_difference = as_matrix(self.weighted_difference[name])[rows].flatten()
+    @contextmanager
+    def parameter(self, name: str) -> Iterator[ParameterSink]:
+        """Adds the parameter's share of both inner products."""
+        yield _ParameterProducts(
+            as_matrix(self.fisher[name]),
+            as_matrix(self.weighted_difference[name]),
+            self.alignment[-1],
+            self.sensitivity[-1],
+        )
 
-        def reduce(text: int, block: Tensor) -> None:
-            gradient = block.flatten().float()
-            alignment[text] += torch.dot(weighted_difference, gradient)
-            sensitivity[text] += torch.dot(fisher, gradient.mul_(gradient))
 
-        return reduce
+@dataclass(frozen=True)
+class _ParameterProducts:
+    """Adds one parameter's <F d, g> and <F g, g> to the sums of the texts."""
+
+    fisher: Tensor
+    weighted_difference: Tensor
+    alignment: Tensor
+    sensitivity: Tensor
+
+    def take_block(self, rows: slice, gradients: Tensor) -> None:
+        """Two matrix-vector products, the second with the squares."""
+        flat = gradients.flatten(1).float()
+        self.alignment.addmv_(flat, self.weighted_difference[rows].flatten())
+        self.sensitivity.addmv_(flat.square_(), self.fisher[rows].flatten())
+
+    def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
+        """The same with the rows of each text."""
+        gradients = gradients.float()
+        alignment = (self.weighted_difference[rows] * gradients).sum(dim=1)
+        self.alignment.index_add_(0, texts, alignment)
+        sensitivity = (self.fisher[rows] * gradients.square_()).sum(dim=1)
+        self.sensitivity.index_add_(0, texts, sensitivity)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.forgetting.gradients import BlockReducer, TextLoss, as_matrix, reduce_gradients
+from lwf_lightning.forgetting.gradients import ParameterSink, TextLoss, as_matrix, reduce_gradients
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import LabelledTokens, Reduction, labelled_tokens, per_text_loss
 
@@ -119,17 +120,27 @@ class _SquareSums:
     def begin(self, texts: int) -> None:
         """Nothing is kept per text."""
 
-    def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
-        """Squares a block and adds it."""
-        sums = as_matrix(self.sums[name])
-        if isinstance(rows, Tensor):
-            return lambda _, block: _discard(sums.index_add_(0, rows, block.square().to(sums)))
-        part = sums[rows]
-        return lambda _, block: _discard(part.addcmul_(block, block))
+    @contextmanager
+    def parameter(self, name: str) -> Iterator[ParameterSink]:
+        """Adds to the parameter's sum."""
+        yield _ParameterSquares(as_matrix(self.sums[name]))
 
 
-def _discard(_: Tensor) -> None:
-    """In-place operations return their tensor; a reducer returns nothing."""
+@dataclass(frozen=True)
+class _ParameterSquares:
+    """Adds the squared gradients of all texts to one parameter's sum."""
+
+    sums: Tensor
+
+    def take_block(self, rows: slice, gradients: Tensor) -> None:
+        """Adds the texts one after the other: their blocks and the sum stay in cache."""
+        part = self.sums[rows]
+        for gradient in gradients:
+            part.addcmul_(gradient, gradient)
+
+    def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
+        """Adds to the touched rows; a row that several texts touched comes several times."""
+        self.sums.index_add_(0, rows, gradients.square_().to(self.sums))
 
 
 def _numbered(batches: Iterable[Batch]) -> Iterator[Batch]:

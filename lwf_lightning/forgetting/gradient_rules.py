@@ -1,4 +1,4 @@
-"""How a call of a module becomes the gradient of one text, block by block.
+"""How a call of a module becomes the gradients of its texts, block by block.
 
 Each class stands for what one call of a module adds to the gradient of one of its parameters.
 It holds captured activations and back-propagated gradients, never a gradient of its own that is
@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from transformers.pytorch_utils import Conv1D
 
 
 class Call(Protocol):
     """What one call of a module adds to the gradient of one parameter."""
 
-    def write(self, block: Tensor, text: int, start: int, *, add: bool) -> None:
-        """Writes a text's gradient into a block, or adds it to what the block holds.
+    def write(self, block: Tensor, start: int, *, add: bool) -> None:
+        """Writes the gradients of all texts into a block, or adds them to what the block holds.
 
         Args:
-            block: Shape (rows, columns): rows ``start`` to ``start + rows`` of the parameter as
-                a matrix; a vector is a matrix of one row.
-            text: Row of the batch.
+            block: Shape (texts, rows, columns), contiguous: rows ``start`` to ``start + rows`` of
+                the parameter as a matrix; a vector is a matrix of one row.
             start: First row of the block.
             add: Whether to add; else the block's former content is lost.
         """
@@ -38,20 +38,20 @@ class MatrixCall:
         left: Shape (texts, ..., rows of the parameter).
         right: Shape (texts, ..., columns of the parameter).
         backprop: The one of the two that was back-propagated; tokens where it is zero add
-            nothing, so the tokens before the first and after the last other one are skipped.
+            nothing, so those before the first and after the last other one of any text are
+            skipped.
     """
 
     def __init__(self, left: Tensor, right: Tensor, backprop: Tensor) -> None:
-        self.left = left.flatten(1, -2)
-        self.right = right.flatten(1, -2)
-        self.spans = _nonzero_spans(backprop.flatten(1, -2))
+        tokens = _nonzero_span(backprop.flatten(1, -2))
+        self.left = left.flatten(1, -2)[:, tokens]
+        self.right = right.flatten(1, -2)[:, tokens]
 
-    def write(self, block: Tensor, text: int, start: int, *, add: bool) -> None:
+    def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """See :class:`Call`."""
-        first, stop = self.spans[text]
-        left = self.left[text, first:stop, start : start + block.shape[0]].to(block.dtype)
-        right = self.right[text, first:stop].to(block.dtype)
-        block.addmm_(left.T, right, beta=1 if add else 0)
+        self.right = self.right.to(block.dtype)  # once for all blocks
+        left = self.left[:, :, start : start + block.shape[1]].to(block.dtype)
+        block.baddbmm_(left.mT, self.right, beta=1 if add else 0)
 
 
 class EmbeddingCall:
@@ -69,7 +69,8 @@ class EmbeddingCall:
         if padding_idx is not None:
             padding = (self.token_ids == padding_idx).unsqueeze(-1)
             self.backprop = self.backprop.masked_fill(padding, 0)
-        self._touched: dict[int, tuple[list[int], Tensor]] = {}
+        self._touched: tuple[Tensor, Tensor, Tensor] | None = None
+        self._rows: list[int] = []
 
     @classmethod
     def joined(cls, calls: Sequence[EmbeddingCall]) -> EmbeddingCall:
@@ -77,29 +78,34 @@ class EmbeddingCall:
         token_ids = torch.cat([call.token_ids for call in calls], dim=1)
         return cls(token_ids, torch.cat([call.backprop for call in calls], dim=1), None)
 
-    def touched(self, text: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The touched rows, ascending, and their gradients, shape (rows, columns)."""
-        rows, inverse = torch.unique(self.token_ids[text], return_inverse=True)
-        backprop = self.backprop[text].to(dtype)
-        gradients = backprop.new_zeros(len(rows), backprop.shape[-1])
-        return rows, gradients.index_add_(0, inverse, backprop)
+    def touched(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The touched rows, ascending, the text that touched each, and its gradient there.
 
-    def write(self, block: Tensor, text: int, start: int, *, add: bool) -> None:
+        Shapes (touched,), (touched,) and (touched, columns); no pair of row and text comes twice.
+        """
+        texts = self.token_ids.shape[0]
+        owner = torch.arange(texts, device=self.token_ids.device).unsqueeze(1)
+        pairs, inverse = torch.unique(self.token_ids * texts + owner, return_inverse=True)
+        backprop = self.backprop.flatten(0, 1).to(dtype)
+        gradients = backprop.new_zeros(len(pairs), backprop.shape[-1])
+        gradients.index_add_(0, inverse.flatten(), backprop)
+        return pairs // texts, pairs % texts, gradients
+
+    def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """See :class:`Call`."""
-        if text not in self._touched:
-            rows, gradients = self.touched(text, block.dtype)
-            self._touched[text] = (rows.tolist(), gradients)
-        touched, gradients = self._touched[text]
-        first = bisect_left(touched, start)
-        stop = bisect_left(touched, start + block.shape[0])
+        if self._touched is None:
+            self._touched = self.touched(block.dtype)
+            self._rows = self._touched[0].tolist()
+        height = block.shape[1]
+        here = slice(bisect_left(self._rows, start), bisect_left(self._rows, start + height))
+        rows, texts, gradients = (tensor[here] for tensor in self._touched)
         if not add:
             block.zero_()
-        index = torch.tensor(touched[first:stop], dtype=torch.int64, device=block.device) - start
-        block.index_add_(0, index, gradients[first:stop])
+        block.flatten(0, 1).index_add_(0, texts * height + rows - start, gradients)
 
 
 class DenseCall:
-    """Gradients that are at hand: of a vector, or of one text.
+    """Gradients that are at hand: of vectors, or of one text.
 
     Args:
         gradients: Shape (texts, rows, columns).
@@ -108,13 +114,13 @@ class DenseCall:
     def __init__(self, gradients: Tensor) -> None:
         self.gradients = gradients
 
-    def write(self, block: Tensor, text: int, start: int, *, add: bool) -> None:
+    def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """See :class:`Call`."""
-        gradient = self.gradients[text, start : start + block.shape[0]]
+        gradients = self.gradients[:, start : start + block.shape[1]]
         if add:
-            block.add_(gradient)
+            block.add_(gradients)
         else:
-            block.copy_(gradient)
+            block.copy_(gradients)
 
 
 Rule: TypeAlias = Callable[[nn.Module, Sequence[str], Sequence[Tensor], Tensor], dict[str, Call]]
@@ -137,7 +143,7 @@ def rule_of(module: nn.Module) -> Rule | None:
         return _embedding if plain else None
     owns_all = len(list(module.parameters())) == len(list(module.parameters(recurse=False)))
     if owns_all and all(parameter.ndim <= 1 for parameter in module.parameters()):
-        return _vectors
+        return _Vectors()
     return None
 
 
@@ -182,25 +188,75 @@ def _embedding(
     return {"weight": EmbeddingCall(inputs[0], backprop, padding_idx)}
 
 
-def _vectors(
-    module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
-) -> dict[str, Call]:
-    """Norms and other modules whose parameters are vectors: run again, text by text."""
-    parameters = [module.get_parameter(name) for name in names]
-    per_text: list[list[Tensor]] = [[] for _ in names]
-    with torch.enable_grad():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for text in range(backprop.shape[0]):
-            output = module.forward(*(tensor.detach()[text : text + 1] for tensor in inputs))
-            gradients = torch.autograd.grad(
-                output, parameters, backprop[text : text + 1], materialize_grads=True
+class _Vectors:
+    """Norms and other modules whose parameters are vectors: run again, a copy of them per text."""
+
+    def __init__(self) -> None:
+        self.batched = True
+
+    def __call__(
+        self, module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
+    ) -> dict[str, Call]:
+        if self.batched:
+            try:
+                gradients = self._all_texts(module, names, inputs, backprop)
+            except RuntimeError:  # a forward that vmap cannot take, as that of a fused kernel
+                self.batched = False
+        if not self.batched:
+            parts = [
+                self._one_text(module, names, [t[i : i + 1] for t in inputs], backprop[i : i + 1])
+                for i in range(backprop.shape[0])
+            ]
+            gradients = [torch.stack(part) for part in zip(*parts, strict=True)]
+        return {
+            name: DenseCall(gradient.reshape(backprop.shape[0], 1, -1))
+            for name, gradient in zip(names, gradients, strict=True)
+        }
+
+    @staticmethod
+    def _all_texts(
+        module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
+    ) -> Sequence[Tensor]:
+        texts, forward = backprop.shape[0], _Forward(module)
+        copies = {
+            f"module.{name}": p.detach().expand(texts, *p.shape).clone().requires_grad_()
+            for name, p in ((name, module.get_parameter(name)) for name in names)
+        }
+
+        def run(parameters: dict[str, Tensor], *text: Tensor) -> Tensor:
+            output: Tensor = functional_call(forward, parameters, text)
+            return output
+
+        with torch.enable_grad():
+            output = vmap(run)(copies, *(tensor.detach().unsqueeze(1) for tensor in inputs))
+            return torch.autograd.grad(
+                output, list(copies.values()), backprop.unsqueeze(1), materialize_grads=True
             )
-            for found, gradient in zip(per_text, gradients, strict=True):
-                found.append(gradient.reshape(1, -1))
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-    return {name: DenseCall(torch.stack(g)) for name, g in zip(names, per_text, strict=True)}
+
+    @staticmethod
+    def _one_text(
+        module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
+    ) -> Sequence[Tensor]:
+        parameters = [module.get_parameter(name) for name in names]
+        with torch.enable_grad():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            output = module.forward(*(tensor.detach() for tensor in inputs))
+            gradients = torch.autograd.grad(output, parameters, backprop, materialize_grads=True)
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        return gradients
+
+
+class _Forward(nn.Module):
+    """A module's forward without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module.forward(*inputs)
 
 
 def _summed_over_tokens(backprop: Tensor) -> DenseCall:
@@ -208,12 +264,12 @@ def _summed_over_tokens(backprop: Tensor) -> DenseCall:
     return DenseCall(summed.unsqueeze(1))
 
 
-def _nonzero_spans(backprop: Tensor) -> list[tuple[int, int]]:
-    """First and one past the last nonzero token of each text; (0, 0) where all are zero."""
+def _nonzero_span(backprop: Tensor) -> slice:
+    """From the first to the last token that is not zero in every text; empty if all are."""
     tokens = backprop.shape[1]
-    position = torch.arange(tokens, device=backprop.device)
-    active = (backprop.amax(dim=-1) != 0) | (backprop.amin(dim=-1) != 0)  # the fastest exact test
-    first = torch.where(active, position, tokens).amin(dim=1)
-    stop = torch.where(active, position + 1, 0).amax(dim=1)
-    spans = torch.stack([torch.minimum(first, stop), stop], dim=1).tolist()
-    return [(span[0], span[1]) for span in spans]
+    ends = backprop[:, :: max(1, tokens - 1)]  # nearly always both ends count: a quick look
+    if bool((ends != 0).any(dim=0).any(dim=1).all()):
+        return slice(0, tokens)
+    nonzero = (backprop.amax(dim=-1) != 0) | (backprop.amin(dim=-1) != 0)
+    found = nonzero.any(dim=0).nonzero().flatten().tolist()
+    return slice(found[0], found[-1] + 1) if found else slice(0, 0)

@@ -2,8 +2,9 @@
 
 The gradient of a linear layer for one text is ``backprop^T @ activation``, so one batched forward
 and backward holds all that is needed. Hooks capture both while the weights themselves need no
-gradient; each text's gradient is formed in blocks of rows that stay in cache, handed to a sink
-that reduces it at once, and dropped. Nothing of size texts x parameters is ever stored.
+gradient; the gradients of all texts are formed together in blocks of rows that stay in cache,
+handed to a sink that reduces them at once, and dropped. Nothing of size texts x parameters is ever
+stored.
 
 Parameters without such a rule are found by themselves: then texts pass one at a time and plain
 autograd forms the gradient of those parameters, which is slower and just as exact.
@@ -11,9 +12,10 @@ autograd forms the gradient of those parameters, which is slower and just as exa
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -36,26 +38,54 @@ TextLoss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> one loss per text, shape (texts,). The loss of text i may depend on row i of
 the batch only."""
 
-BlockReducer: TypeAlias = Callable[[int, Tensor], None]
-"""(text, block): takes in a text's gradient block; it may overwrite the block."""
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
+"""Elements of one block, all texts together: on a CPU it stays in the last cache and is large
+enough for every thread; on a GPU it fills the device."""
 
-BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
-"""Elements of one block: on a CPU it stays in cache, on a GPU it fills the device."""
+
+class ParameterSink(Protocol):
+    """Reduces the gradients of one parameter, for all texts of a batch.
+
+    The parameter is seen as a matrix, see :func:`as_matrix`. The engine calls either
+    :meth:`take_block` for consecutive slices that together hold every row once, or
+    :meth:`take_touched` once. Gradients come in float32 (float64 for a float64 parameter) and may
+    be overwritten.
+    """
+
+    def take_block(self, rows: slice, gradients: Tensor) -> None:
+        """Takes in some rows of every text's gradient.
+
+        Args:
+            rows: The rows.
+            gradients: Shape (texts, rows, columns), contiguous.
+        """
+
+    def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
+        """Takes in gradients of which few rows differ from zero.
+
+        Args:
+            rows: Shape (touched,), int64, ascending.
+            texts: Shape (touched,), int64: whose gradient; no pair (row, text) comes twice.
+            gradients: Shape (touched, columns).
+        """
 
 
 class GradientSink(Protocol):
-    """Reduces the gradients of texts to what is wanted of them."""
+    """Reduces the gradients of texts to what is wanted of them.
+
+    For every batch the engine calls :meth:`begin`, then :meth:`parameter` once for each parameter
+    that takes part in the loss, as soon as its gradients can be formed and while the backward
+    pass still runs. What a parameter needs (its Fisher information, an accumulator) is asked for
+    at no other time, so a sink may gather it when the context is entered and let go of it, or
+    add it up over processes, when the context is left. The contexts never overlap, and their
+    order follows from model and loss alone: it is the same in every process that runs both.
+    """
 
     def begin(self, texts: int) -> None:
         """Gets ready for a batch of this many texts, counted from 0 in the calls that follow."""
 
-    def reducer(self, name: str, rows: slice | Tensor) -> BlockReducer:
-        """What takes in the gradients of some rows of a parameter.
-
-        Args:
-            name: The parameter; it is seen as a matrix, see :func:`as_matrix`.
-            rows: The rows that the blocks cover: a slice, or their indices without repeats.
-        """
+    def parameter(self, name: str) -> AbstractContextManager[ParameterSink]:
+        """What takes in the gradients of a parameter; entered and left once per batch."""
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -63,10 +93,10 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
 
 
-def row_slices(matrix: Tensor) -> Iterator[slice]:
-    """Cuts a matrix into runs of rows that together hold about ``BLOCK_ELEMENTS``."""
+def row_slices(matrix: Tensor, texts: int) -> Iterator[slice]:
+    """Cuts a matrix into runs of rows that hold about ``BLOCK_ELEMENTS`` over all texts."""
     elements = BLOCK_ELEMENTS.get(matrix.device.type, BLOCK_ELEMENTS["cuda"])
-    rows, step = matrix.shape[0], max(1, elements // max(1, matrix.shape[1]))
+    rows, step = matrix.shape[0], max(1, elements // max(1, texts * matrix.shape[1]))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -204,7 +234,7 @@ class _Capture:
         return losses
 
     def _backward(self, losses: Tensor) -> None:
-        generic = {name: self.parameters[name] for name in self.generic}
+        generic = {name: p for name, p in self.parameters.items() if name in self.generic}
         kept = {name: parameter.grad for name, parameter in generic.items()}
         for parameter in generic.values():
             parameter.grad = None
@@ -289,25 +319,24 @@ class _Capture:
     def _reduce_parameter(self, name: str, calls: list[Call]) -> None:
         matrix = as_matrix(self.parameters[name])
         dtype = work_dtype(matrix)
-        with torch.autocast(matrix.device.type, enabled=False):
-            lookups = [call for call in calls if isinstance(call, EmbeddingCall)]
+        lookups = [call for call in calls if isinstance(call, EmbeddingCall)]
+        with (
+            torch.autocast(matrix.device.type, enabled=False),
+            self.sink.parameter(name) as sink,
+        ):
             if len(lookups) == len(calls):
                 lookup = EmbeddingCall.joined(lookups) if len(lookups) > 1 else lookups[0]
-                for text in range(self._rows):
-                    touched, gradients = lookup.touched(text, dtype)
-                    self.sink.reducer(name, touched)(text, gradients)
+                sink.take_touched(*lookup.touched(dtype))
                 return
-            for rows in row_slices(matrix):
-                reducer = self.sink.reducer(name, rows)
-                block = self._block((rows.stop - rows.start, matrix.shape[1]), dtype)
-                for text in range(self._rows):
-                    for number, call in enumerate(calls):
-                        call.write(block, text, rows.start, add=number > 0)
-                    reducer(text, block)
+            for rows in row_slices(matrix, self._rows):
+                block = self._block((self._rows, rows.stop - rows.start, matrix.shape[1]), dtype)
+                for number, call in enumerate(calls):
+                    call.write(block, rows.start, add=number > 0)
+                sink.take_block(rows, block)
 
-    def _block(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def _block(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         """Memory for a block, the same at every use."""
-        elements = shape[0] * shape[1]
+        elements = math.prod(shape)
         held = self._blocks.get(dtype)
         if held is None or held.numel() < elements:
             held = torch.empty(elements, dtype=dtype, device=self._ticket.device)

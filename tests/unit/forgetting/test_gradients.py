@@ -123,12 +123,15 @@ def test_blocks_of_any_size_give_the_same(
     oracle.assert_near(in_blocks, {key: value.double() for key, value in whole.items()})
 
 
-def test_row_slices_cover_every_row_once() -> None:
+@pytest.mark.parametrize("elements", [1, 13, 6 * 3 * 2, 10**6])
+def test_row_slices_cover_every_row_once(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cpu", elements)
     matrix = torch.arange(21.0).view(7, 3)
 
-    gradients_of = [matrix[rows] for rows in gradients.row_slices(matrix)]
+    slices = list(gradients.row_slices(matrix, texts=2))
 
-    torch.testing.assert_close(torch.cat(gradients_of), matrix)
+    torch.testing.assert_close(torch.cat([matrix[rows] for rows in slices]), matrix)
+    assert all((rows.stop - rows.start) * 3 * 2 <= max(elements, 3 * 2) for rows in slices)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
