@@ -1,9 +1,9 @@
-"""Batched greedy generation: the same answers for any batch size."""
+"""Greedy answers to many prompts: the same ones for any batch size."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,15 +47,17 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     stop: Sequence[str] = (),
+    any_left: Callable[[bool], bool] | None = None,
     progress: bool = False,
     description: str = "Generating",
 ) -> list[tuple[int, ...]]:
     """Continues every prompt with the most probable token at each step.
 
-    Prompts of similar length share a batch, padded on the left and masked by position. Sampling,
-    penalties and beams of the model's own generation config are left aside; only its
-    end-of-text ids count. Each answer is the one the prompt would get alone, up to ties within
-    rounding.
+    As soon as prompts are finished, others take their place in the batch
+    (:func:`~lwf_lightning.decoding.decode`); models that this does not suit go through
+    ``generate`` batch by batch. Sampling, penalties and beams of the model's own generation config
+    are left aside; only its end-of-text ids count. Each answer is the one the prompt would get
+    alone, up to ties within rounding.
 
     Args:
         model: A ``transformers`` causal LM, with or without a LoRA adapter. It generates in
@@ -63,8 +65,11 @@ def generate_answers(
         tokenizer: The model's tokenizer; it needs no pad token.
         prompt_ids: Token ids of each prompt, unpadded, at least one each.
         max_new_tokens: Upper limit of an answer's length in tokens.
-        batch_size: Prompts generated together.
+        batch_size: Prompts generated together; fewer where prompt and answer exceed 512 tokens.
         stop: An answer ends before the first of these strings to appear in its decoded text.
+        any_left: For weights sharded among processes, each of which has prompts of its own:
+            whether any process has work left, given whether this one has. It is asked before every
+            forward pass, so that all processes make equally many.
         progress: Whether to show a progress bar, one step per prompt.
         description: What the bar says.
 
@@ -75,26 +80,35 @@ def generate_answers(
     Raises:
         ValueError: If a prompt or a stop string is empty, or a number is below 1.
     """
+    from lwf_lightning.decoding import can_decode, decode  # imports transformers: seconds
+
     _check(prompt_ids, max_new_tokens, batch_size, stop)
     base = unwrapped(model)
     eos_ids = eos_token_ids(base, tokenizer)
-    device = next(model.parameters()).device
+    is_stopped = _stop_check(tokenizer, stop)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:  # the padding is masked, so any id will do
+        pad_id = eos_ids[0] if eos_ids else 0
+    longest = max((len(ids) for ids in prompt_ids), default=0)
     answers: list[tuple[int, ...]] = [()] * len(prompt_ids)
-    longest_first = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
     bar = tqdm(total=len(prompt_ids), desc=description, unit="prompt", disable=not progress)
-    with bar, evaluation_mode(model), _greedy(base, tokenizer, eos_ids, max_new_tokens) as config:
-        for start in range(0, len(longest_first), batch_size):
-            rows = longest_first[start : start + batch_size]
-            inputs = _pad_left([prompt_ids[row] for row in rows], config.pad_token_id)
-            width = inputs["input_ids"].shape[1]
-            generated = base.generate(
-                **{name: value.to(device) for name, value in inputs.items()},
-                generation_config=config,
-                stopping_criteria=[_StopStrings(tokenizer, stop, width)] if stop else [],
+    with bar, evaluation_mode(model):
+        if can_decode(base, longest + max_new_tokens):
+            finished = decode(
+                base,
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                is_done=lambda ids: ids[-1] in eos_ids or is_stopped(ids),
+                pad_id=pad_id,
+                any_left=any_left or bool,
             )
-            for row, ids in zip(rows, generated[:, width:].tolist(), strict=True):
-                answers[row] = _cut(ids, tokenizer, eos_ids, stop)
-            bar.update(len(rows))
+        else:
+            config = _greedy_config(max_new_tokens, eos_ids, pad_id)
+            finished = _generate(base, prompt_ids, config, batch_size, is_stopped, any_left)
+        for row, ids in finished:
+            answers[row] = _cut(ids, tokenizer, eos_ids, stop)
+            bar.update()
     return answers
 
 
@@ -111,22 +125,11 @@ def _check(
             raise ValueError(f"prompt {row} has no tokens: there is nothing to continue")
 
 
-@contextmanager
-def _greedy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...], max_new_tokens: int
-) -> Iterator[Any]:
-    """Puts a plain greedy configuration in the place of the model's own.
-
-    Handing it to ``generate`` alone is not enough: whatever it leaves unset is filled in from the
-    model's own configuration.
-    """
+def _greedy_config(max_new_tokens: int, eos_ids: Sequence[int], pad_id: int) -> Any:
     from transformers import GenerationConfig
 
     new_config: Any = GenerationConfig  # its constructor is untyped
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:  # the padding is masked, so any id will do
-        pad_id = eos_ids[0] if eos_ids else 0
-    plain = new_config(
+    return new_config(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
@@ -134,9 +137,38 @@ def _greedy(
         eos_token_id=list(eos_ids) or None,
         pad_token_id=pad_id,
     )
-    own, model.generation_config = model.generation_config, plain
+
+
+def _generate(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    config: Any,
+    batch_size: int,
+    is_stopped: Callable[[Sequence[int]], bool],
+    any_left: Callable[[bool], bool] | None,
+) -> Iterator[tuple[int, list[int]]]:
+    """What :func:`~lwf_lightning.decoding.decode` yields, by the model's own ``generate``."""
+    longest_first = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
+    # Handing the configuration to ``generate`` alone is not enough: whatever it leaves unset is
+    # filled in from the model's own.
+    own, model.generation_config = model.generation_config, config
     try:
-        yield plain
+        while (any_left or bool)(bool(longest_first)):
+            rows, longest_first = longest_first[:batch_size], longest_first[batch_size:]
+            inputs = _pad_left([prompt_ids[row] for row in rows] or [[0]], config.pad_token_id)
+            width = inputs["input_ids"].shape[1]
+
+            def stopped(ids: Tensor, _: Any, width: int = width, **__: Any) -> Tensor:
+                done = [is_stopped(row) for row in ids[:, width:].tolist()]
+                return torch.tensor(done, device=ids.device)
+
+            generated = model.generate(
+                **{name: value.to(model.device) for name, value in inputs.items()},
+                generation_config=config,
+                stopping_criteria=[stopped],
+                synced_gpus=any_left is not None,
+            )
+            yield from zip(rows, generated[:, width:].tolist(), strict=False)
     finally:
         model.generation_config = own
 
@@ -148,23 +180,18 @@ def _pad_left(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, Ten
     return {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
 
 
-class _StopStrings:
-    """Stopping criterion: a row is done once the end of its new text holds a stop string.
+def _stop_check(
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]
+) -> Callable[[Sequence[int]], bool]:
+    """Whether the end of a growing answer holds a stop string.
 
     It only saves time; :func:`_cut` alone decides where an answer ends. A string of n bytes spans
     at most n tokens, so a short tail is decoded at each step.
     """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_width: int
-    ) -> None:
-        self.tokenizer, self.stop, self.prompt_width = tokenizer, stop, prompt_width
-        self.tail = max(len(string.encode()) for string in stop) + 1
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        tails = input_ids[:, self.prompt_width :][:, -self.tail :].tolist()
-        done = [_holds(_decode(self.tokenizer, tail), self.stop) for tail in tails]
-        return torch.tensor(done, device=input_ids.device)
+    if not stop:
+        return lambda ids: False
+    tail = max(len(string.encode()) for string in stop) + 1
+    return lambda ids: _holds(_decode(tokenizer, ids[-tail:]), stop)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
