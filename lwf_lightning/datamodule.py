@@ -72,7 +72,7 @@ class LWFDataModule(L.LightningDataModule):
         evaluation: Evaluation = "choice",
         evaluate_forgetting: bool = True,
         max_new_tokens: int = 64,
-        elicit_batch_size: int = 16,
+        elicit_batch_size: int = 32,
         cache_dir: str | None = None,
         num_workers: int = 0,
         seed: int = 0,

@@ -78,7 +78,7 @@ def elicit(
     *,
     tasks: Sequence[str] | None = None,
     max_new_tokens: int = 64,
-    batch_size: int = 16,
+    batch_size: int = 32,
     stop: Sequence[str] = (),
     max_prompt_tokens: int | None = None,
     chat_template: bool = False,
@@ -95,7 +95,8 @@ def elicit(
         prompts: Prompts of the forgetting task (D_F); no answers are needed.
         tasks: The task of each prompt, for the record; one empty name by default.
         max_new_tokens: Upper limit of an answer's length in tokens.
-        batch_size: Prompts answered together; it changes the time, not the answers.
+        batch_size: Prompts answered together, fewer where prompt and answer exceed 512 tokens; it
+            changes the time, not the answers.
         stop: Strings at which an answer ends, such as the start of the next question.
         max_prompt_tokens: Longer prompts lose tokens at their start (a leading begin-of-text
             token stays) and are counted in a warning. The model's positions beside the answer
