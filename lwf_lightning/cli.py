@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
 from lwf_lightning.datamodule import LWFDataModule
+from lwf_lightning.files import whole_file
 from lwf_lightning.module import LWFModule
 from lwf_lightning.trainer import LWFTrainer
 
@@ -19,9 +21,15 @@ class SaveFitConfig(SaveConfigCallback):
     """Saves the configuration of a fit only; validate or score would overwrite a fit's."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """See SaveConfigCallback."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Writes ``config.yaml`` into the run folder, whole; a resumed run's last one stays."""
+        if stage != "fit":
+            return
+        folder = Path(str(trainer.log_dir))  # on every process: it waits for the others
+        if trainer.is_global_zero:
+            with whole_file(folder / self.config_filename) as temporary:
+                self.parser.save(
+                    self.config, str(temporary), skip_none=False, overwrite=True, multifile=False
+                )
 
 
 class LWFCLI(LightningCLI):

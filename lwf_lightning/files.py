@@ -123,10 +123,10 @@ def full_disk_named(path: str | Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers of files in this folder left behind; nothing may be writing."""
-    for file in folder.glob(".*"):
-        if file.is_file() and _LEFTOVER.fullmatch(file.name):
-            file.unlink()
+    """Removes what killed writers left in a folder and below; nothing may be writing there."""
+    for path in sorted(folder.rglob(".*")):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:

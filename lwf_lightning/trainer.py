@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
+from lwf_lightning.callbacks.checkpoint import StepCheckpoint
 from lwf_lightning.callbacks.fisher import FisherCallback
 from lwf_lightning.callbacks.progress import PhaseProgressBar
+from lwf_lightning.checkpoint_io import WholeCheckpointIO
 from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.distributed import check_strategy, check_strategy_flag
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.report import score_rows, write_jsonl
+from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.module import LWFModule
+from lwf_lightning.resumption import CheckpointConnector, SignalConnector, StepLoop
 
 _INSTEAD = {  # Lightning's flag: its default, and what does the same here
     "accumulate_grad_batches": (1, "model.init_args.tokens_per_pass, which cuts a step's batch"),
@@ -47,11 +52,17 @@ class _Score(L.Callback):
 class LWFTrainer(L.Trainer):
     """Lightning's Trainer; ``elicit`` and ``score`` write what the model knows as JSONL.
 
+    ``ckpt_path="last"`` goes on with the newest run of this configuration under
+    ``default_root_dir``, in its own folder and exactly as if nothing had happened, or begins one.
+    In ``validate``, ``test`` and ``predict`` it takes that run's last checkpoint.
+
     Args:
         *args: See Lightning's Trainer.
         logger: True for TensorBoard and a CSV file, side by side in
             ``<default_root_dir>/version_<n>``; False for none; or loggers of your own.
-        callbacks: See Lightning's Trainer.
+        callbacks: See Lightning's Trainer. A
+            :class:`~lwf_lightning.callbacks.StepCheckpoint` is added unless there is one, or
+            ``enable_checkpointing`` is False.
         enable_progress_bar: Whether to show progress: with the phase, unless ``callbacks`` holds
             a progress bar of your own.
         default_root_dir: Folder of this experiment's runs.
@@ -81,14 +92,18 @@ class LWFTrainer(L.Trainer):
             warnings.filterwarnings("ignore", message="Experiment logs directory")
             # It means optimizers stepped since the save; here a save comes after its step.
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optim")
-            board = TensorBoardLogger(default_root_dir, name="")
-            table = CSVLogger(default_root_dir, name="", version=f"version_{board.version}")
-            logger = [board, table]
+            board = BoardLogger(default_root_dir)
+            logger = [board, TableLogger(default_root_dir, version=f"version_{board.version}")]
         callbacks = [callbacks] if isinstance(callbacks, L.Callback) else list(callbacks or [])
         if enable_progress_bar is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
             callbacks.append(PhaseProgressBar())
+        without_checkpoints = kwargs.get("enable_checkpointing") is False
+        if not any((without_checkpoints, kwargs.get("fast_dev_run"), kwargs.get("barebones"))) and (
+            not any(isinstance(callback, StepCheckpoint) for callback in callbacks)
+        ):
+            callbacks.append(StepCheckpoint())
         super().__init__(
             *args,
             logger=logger,
@@ -100,6 +115,12 @@ class LWFTrainer(L.Trainer):
             **kwargs,
         )
         check_strategy(self)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's own
+            self.strategy.checkpoint_io = WholeCheckpointIO()
+        loop = self.fit_loop.epoch_loop
+        self.fit_loop.epoch_loop = StepLoop(self, loop.min_steps, loop.max_steps)
+        self._checkpoint_connector = CheckpointConnector(self)
+        self._signal_connector = SignalConnector(self)
 
     def elicit(
         self,

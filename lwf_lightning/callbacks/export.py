@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import cast
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lwf_lightning.files import require_free
 from lwf_lightning.models import export_model
@@ -33,12 +34,17 @@ class ExportCallback(L.Callback):
             return
         if not isinstance(pl_module, LWFModule):
             raise TypeError(f"ExportCallback exports an LWFModule, not {type(pl_module).__name__}")
-        if self.folder is not None:
+        if self.folder is not None and trainer.ckpt_path is None:
             require_free(Path(self.folder))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports the model."""
         module = cast(LWFModule, pl_module)
-        folder = self.folder or Path(str(trainer.log_dir)) / "model"
+        folder = Path(self.folder or Path(str(trainer.log_dir)) / "model")
+        if self.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)  # of this run, which has been resumed
+        elif trainer.ckpt_path is not None and folder.exists():
+            rank_zero_warn(f"{folder} exists already: the model was not exported again")
+            return
         export_model(module.model, module.tokenizer, folder, merge=self.merge)
         rank_zero_info(f"Exported the model to {folder}")

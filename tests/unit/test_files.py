@@ -106,5 +106,6 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Pat
     (tmp_path / ".gitignore").touch()
     assert len(list(tmp_path.iterdir())) == 2
     assert not (tmp_path / "one.ckpt").exists()
+    (tmp_path / "below" / ".model.0123456789ab" / "half").mkdir(parents=True)
     remove_leftovers(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [".gitignore"]
+    assert {path.name for path in tmp_path.rglob("*")} == {".gitignore", "below"}

@@ -1,0 +1,191 @@
+"""Where LWFTrainer differs from Lightning's Trainer so that an interrupted run goes on exactly.
+
+Lightning saves on a signal, or in ``on_train_batch_end``, with a step half done. Here everything
+is saved between two steps: when all of a step is logged and validated, before the next batch is
+drawn.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lwf_lightning.callbacks.checkpoint import StepCheckpoint
+from lwf_lightning.loggers import BoardLogger, TableLogger
+from lwf_lightning.runs import (
+    begin_run,
+    configuration,
+    is_whole,
+    last_whole_checkpoint,
+    newest_run,
+    run_state,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loops.fetchers import _DataFetcher
+
+
+class StepLoop(_TrainingEpochLoop):
+    """Lightning's loop over batches, with a moment between two steps."""
+
+    restarting: bool
+    _between_steps = False
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """Saves or leaves if that is due, then takes the next step."""
+        if self.restarting and self._between_steps:
+            self.restarting = False  # nothing of the step before is left to be done
+        elif not self.restarting:
+            self._between_steps = True
+            self._pause()
+        self._between_steps = False
+        super().advance(data_fetcher)
+
+    def _pause(self) -> None:
+        trainer: Any = self.trainer
+        saver = step_checkpoint(trainer)
+        if saver is not None:
+            saver.between_steps(trainer)
+        signals: SignalConnector = trainer._signal_connector
+        signals.act()
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Lightning asks here whether to leave with a step half done; ``_pause`` has asked."""
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Adds whether the checkpoint is one between two steps."""
+        return {**super().on_save_checkpoint(), "between_steps": self._between_steps}
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state back."""
+        super().on_load_checkpoint(state_dict)
+        self._between_steps = state_dict.get("between_steps", False)
+
+
+class SignalConnector(_SignalConnector):
+    """Lightning's answers to signals, put off until the step is done.
+
+    SIGTERM saves and leaves; SLURM's signal saves, has the job requeued and goes on.
+    """
+
+    _terminate = False
+    _requeue: tuple[Any, Any] | None = None
+
+    def register_signal_handlers(self) -> None:
+        """See Lightning's."""
+        self._terminate, self._requeue = False, None
+        super().register_signal_handlers()
+
+    def _sigterm_notifier_fn(self, signum: Any, frame: FrameType) -> None:
+        # Lightning's would talk to the other processes here, in the middle of whatever they do,
+        # and raise in its loops before the step is done.
+        launcher = self.trainer.strategy.launcher
+        if not self._terminate and launcher is not None:
+            launcher.kill(signum)
+        self._terminate = True
+
+    def _slurm_sigusr_handler_fn(self, signum: Any, frame: FrameType) -> None:
+        self._requeue = (signum, frame)
+
+    def act(self) -> None:
+        """Does between two steps what a signal asked for, on all processes alike."""
+        trainer: Any = self.trainer
+        asked = trainer.strategy.reduce_boolean_decision
+        if not asked(self._terminate or self._requeue is not None, all=False):
+            return
+        if asked(self._requeue is not None, all=False):
+            super()._slurm_sigusr_handler_fn(*(self._requeue or (signal.SIGUSR1, None)))
+            self._requeue = None
+        if asked(self._terminate, all=False):
+            saver = step_checkpoint(trainer)
+            saved = "" if saver is None else f" after saving {saver.save(trainer)}"
+            rank_zero_info(f"SIGTERM: leaving{saved}; --ckpt_path last goes on from there")
+            sys.exit(128 + signal.SIGTERM)
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Lightning's choice of a checkpoint, in which ``last`` means the newest run of this kind."""
+
+    def _select_ckpt_path(
+        self,
+        state_fn: TrainerFn,
+        ckpt_path: Any,
+        model_provided: bool,
+        model_connected: bool,
+    ) -> Any:
+        path = super()._select_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+        self._ckpt_path = path  # for the callbacks' setup; Lightning sets it after that
+        trainer: Any = self.trainer
+        saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
+        if saves and trainer.is_global_zero:
+            # Before anything else is there, so that a run is known from its first moment.
+            first = trainer.loggers[0] if trainer.loggers else None
+            folder = getattr(first, "log_dir", None) or trainer.default_root_dir
+            begin_run(Path(folder), configuration(trainer.lightning_module, trainer.datamodule))
+        return path
+
+    def _parse_ckpt_path(
+        self,
+        state_fn: TrainerFn,
+        ckpt_path: Any,
+        model_provided: bool,
+        model_connected: bool,
+    ) -> Any:
+        requeued = SLURMEnvironment.detect() and self._hpc_resume_path is not None
+        if ckpt_path == "last":
+            return self._last(state_fn)
+        if ckpt_path is None and requeued and state_fn == TrainerFn.FITTING:
+            ckpt_path = self._last(state_fn)
+        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+
+    def _last(self, state_fn: TrainerFn) -> Path | None:
+        trainer: Any = self.trainer
+        root = Path(trainer.default_root_dir)
+        run = newest_run(root, configuration(trainer.lightning_module, trainer.datamodule))
+        path = None if run is None else self._newest_of(run)
+        if step_checkpoint(trainer) is None or state_fn != TrainerFn.FITTING:  # no run to go on
+            if path is None:
+                raise ValueError(
+                    f"--ckpt_path last: no run of this configuration in {root} has any"
+                )
+            return path
+        if run is None:
+            rank_zero_warn(
+                f"--ckpt_path last: there is no run of this configuration in {root}: one begins"
+            )
+            return None
+        logs = {} if path is None else run_state(path)["logs"]
+        for logger in trainer.loggers:
+            if isinstance(logger, (BoardLogger, TableLogger)):
+                logger.continue_run(run, logs.get(type(logger).__name__, {}))
+        where = "from the beginning" if path is None else f"from {path.name}"
+        rank_zero_info(f"The run in {run} goes on {where}")
+        return path
+
+    def _newest_of(self, run: Path) -> Path | None:
+        path = last_whole_checkpoint(run)
+        if (requeued := self._hpc_resume_path) is not None:
+            of_slurm = Path(requeued)
+            state = run_state(of_slurm) if is_whole(of_slurm) else {}
+            step = -1 if path is None else run_state(path)["step"]
+            if state.get("folder") == str(run) and state["step"] > step:
+                return of_slurm
+        return path
+
+
+def step_checkpoint(trainer: Any) -> StepCheckpoint | None:
+    """The trainer's StepCheckpoint."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, StepCheckpoint):
+            return callback
+    return None

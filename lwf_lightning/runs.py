@@ -1,0 +1,134 @@
+"""Run folders on disk: whose they are, and the last whole checkpoint in them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lwf_lightning.checkpoint_io import check_whole
+from lwf_lightning.errors import DamagedFileError
+from lwf_lightning.files import whole_file, whole_folder
+
+if TYPE_CHECKING:
+    import lightning as L
+
+_RUN_FILE = "run.json"
+_CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
+# What changes speed and memory only, or the place of a file: a run may go on with other values.
+_FREE = {
+    *("num_workers", "data_dir", "cache_dir", "eval_batch_size", "elicit_batch_size"),
+    *("gradient_checkpointing", "tokens_per_pass", "max_skipped_steps", "trust_remote_code"),
+}
+
+
+def configuration(
+    module: L.LightningModule, datamodule: L.LightningDataModule | None
+) -> dict[str, Any]:
+    """What tells one run from another: the arguments of module and data, but for ``_FREE``."""
+    values = {f"model.init_args.{name}": value for name, value in module.hparams.items()}
+    if datamodule is not None:
+        for name in inspect.signature(type(datamodule).__init__).parameters:
+            if hasattr(datamodule, name):
+                values[f"data.init_args.{name}"] = getattr(datamodule, name)
+    kept = {key: value for key, value in values.items() if key.rsplit(".", 1)[-1] not in _FREE}
+    return dict(json.loads(json.dumps(kept, default=str, sort_keys=True)))
+
+
+def begin_run(folder: Path, values: Mapping[str, Any]) -> None:
+    """Marks a run folder as that of a run with this configuration; a new one appears marked."""
+    text = json.dumps(values, indent=1, sort_keys=True)
+    if folder.exists():
+        with whole_file(folder / _RUN_FILE) as file:
+            file.write_text(text, encoding="utf-8")
+        return
+    with whole_folder(folder) as new:
+        (new / _RUN_FILE).write_text(text, encoding="utf-8")
+
+
+def newest_run(root: Path, values: Mapping[str, Any]) -> Path | None:
+    """The newest run folder of this configuration; a newer one of another is named in a warning.
+
+    Args:
+        root: ``trainer.default_root_dir``; its run folders are ``version_<n>``.
+        values: What :func:`configuration` gave.
+    """
+    for folder in _newest_first(root):
+        theirs = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
+        if theirs == values:
+            return folder
+        other = sorted(key for key in {*theirs, *values} if theirs.get(key) != values.get(key))
+        rank_zero_warn(
+            f"{folder} is a run with another {', '.join(other)}: it is not the one to go on with"
+        )
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints between two steps in a run folder, the last one first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in (folder / "checkpoints").glob("step-*.ckpt")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that is not damaged; a damaged one is named in a warning.
+
+    Returns:
+        None if there is no checkpoint.
+
+    Raises:
+        DamagedFileError: If all that are there are damaged.
+    """
+    files = checkpoints(folder)
+    for path in files:
+        if is_whole(path):
+            return path
+    if files:
+        raise DamagedFileError(
+            f"all checkpoints in {folder / 'checkpoints'} are damaged: remove {folder} to begin "
+            "the run anew"
+        )
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is whole; a damaged one is named in a warning."""
+    try:
+        if checkpoint.is_file():  # a sharded one is a folder, which its strategy reads
+            check_whole(checkpoint)
+    except DamagedFileError as error:
+        rank_zero_warn(f"{error}: an earlier one is looked for")
+        return False
+    return True
+
+
+def run_state(checkpoint: Path) -> dict[str, Any]:
+    """What StepCheckpoint noted about the run: its folder, the step, and where its logs were.
+
+    Empty for a checkpoint that was saved without it.
+    """
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / "meta.pt"  # what Lightning keeps beside the shards
+    content = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")
+    return dict(content.get("run", {}))
+
+
+def _newest_first(root: Path) -> Iterator[Path]:
+    numbered = {
+        int(folder.name.removeprefix("version_")): folder
+        for folder in root.glob("version_*")
+        if re.fullmatch(r"version_\d+", folder.name) and (folder / _RUN_FILE).is_file()
+    }
+    yield from (numbered[number] for number in sorted(numbered, reverse=True))
+    if (root / _RUN_FILE).is_file():  # a run without loggers
+        yield root

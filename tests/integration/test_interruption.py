@@ -1,0 +1,215 @@
+"""A run that is killed, again and again, ends exactly as one that is left alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+_spec = importlib.util.spec_from_file_location("killable", Path(__file__).with_name("killable.py"))
+assert _spec is not None
+assert _spec.loader is not None
+killable = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(killable)
+
+FIT = ["fit", "--config", "../config.yaml"]
+RESUME = [*FIT, "--ckpt_path", "last"]
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Any]:
+    with killable.killable() as runner:
+        yield runner
+
+
+def configuration(model_folder: Path, data_folder: Path, **model: Any) -> dict[str, Any]:
+    fisher = {"anchor": "online", "refresh_interval": 3, "fisher_texts": 5, "batch_size": 4}
+    lora = {
+        "class_path": "peft.LoraConfig",
+        "init_args": {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.4},
+    }
+    return {
+        "trainer": {
+            "max_steps": 9,  # of 6 to an epoch
+            "accelerator": "cpu",
+            "default_root_dir": "runs",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 2,
+            "num_sanity_val_steps": 0,
+            "val_check_interval": 4,
+            "check_val_every_n_epoch": None,
+            "callbacks": [
+                {"class_path": "lwf_lightning.FisherCallback", "init_args": fisher},
+                {"class_path": "lwf_lightning.callbacks.ValidateFirst"},
+                {"class_path": "lwf_lightning.ExportCallback"},
+                {
+                    "class_path": "lwf_lightning.callbacks.StepCheckpoint",
+                    "init_args": {"every_n_steps": 2},
+                },
+            ],
+        },
+        "model": {
+            "class_path": "lwf_lightning.LWFModule",
+            "init_args": {
+                "model_name": str(model_folder),
+                "learning_rate": 1e-2,
+                "unlearning_interval": 2,
+                "lora": lora,
+                **model,
+            },
+        },
+        "data": {
+            "class_path": "lwf_lightning.LWFDataModule",
+            "init_args": {
+                "data_dir": str(data_folder),
+                "learning_task": "learn",
+                "forgetting_tasks": ["forget"],
+                "custom_tasks": {"learn": {"choices": "choices", "label": "label"}, "forget": {}},
+                "batch_size": 4,
+                "forget_batch_size": 3,
+                "max_new_tokens": 4,
+                "cache_dir": "cache",
+            },
+        },
+    }
+
+
+class Whole:
+    """A configuration, the run of it that was left alone, and how many calls that took."""
+
+    def __init__(self, folder: Path, runner: Any, config: dict[str, Any]) -> None:
+        self.folder, self.runner = folder, runner
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        status, self.calls = runner.run(folder / "whole", FIT)
+        assert status == 0, (folder / "whole" / "log").read_text()
+
+    def interrupted(self, name: str, moments: list[dict[str, Any]]) -> Path:
+        """Kills a run at each of the moments, then lets it end."""
+        folder = self.folder / name
+        for moment in moments:
+            status, _ = self.runner.run(folder, RESUME, **moment)
+            expected = moment.get("number", signal.SIGKILL)
+            # one that has little left may end before its moment
+            assert status in (0, -expected, 128 + expected), (folder / "log").read_text()
+        status, _ = self.runner.run(folder, RESUME)
+        assert status == 0, (folder / "log").read_text()
+        return folder
+
+    def check(self, folder: Path) -> None:
+        """Compares a run with the one that was left alone."""
+        theirs, ours = folder / "runs" / "version_0", self.folder / "whole" / "runs" / "version_0"
+        assert [path.name for path in (folder / "runs").glob("[!.]*")] == ["version_0"]
+        assert files(theirs) == files(ours)
+        for name in ("metrics.csv", *(n for n in files(ours) if n.endswith((".jsonl", "tensors")))):
+            assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
+        assert curves(theirs) == curves(ours)
+        assert_same(last_checkpoint(theirs), last_checkpoint(ours), "checkpoint")
+
+
+def files(run: Path) -> list[str]:
+    """What a run folder holds; the names of event files hold the time."""
+    kept = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    return sorted(str(path) for path in kept if "tfevents" not in path.name)
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(run)).Reload()
+    tags = board.Tags()
+    found = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags["scalars"]}
+    for tag in tags["histograms"]:
+        found[tag] = [(e.step, e.histogram_value.sum) for e in board.Histograms(tag)]
+    return found
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    path = max((run / "checkpoints").glob("*.ckpt"))
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    del checkpoint["run"]["logs"]["BoardLogger"]  # names of event files
+    return checkpoint
+
+
+def assert_same(ours: Any, theirs: Any, where: str) -> None:
+    """Compares nested containers, tensors bit for bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    elif isinstance(ours, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=where)
+    else:
+        assert ours == theirs, where
+
+
+@pytest.fixture(scope="module")
+def whole(
+    runner: Any, model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Whole:
+    config = configuration(model_folder, data_folder)
+    return Whole(tmp_path_factory.mktemp("runs"), runner, config)
+
+
+def test_killed_five_times_it_ends_the_same(whole: Whole) -> None:
+    draw = random.Random(0)
+    moments = [{"calls": draw.randrange(whole.calls)} for _ in range(5)]
+    whole.check(whole.interrupted("five", moments))
+
+
+PHASES = {  # a call within each, the second or later where there are several
+    "elicitation": ("generate_answers", 1),
+    "probe": ("labelled_tokens", 2),
+    "Fisher": ("diagonal_fisher", 1),
+    "scoring": ("forgetting_confidence", 1),
+    "selection": ("select_forget_set", 1),
+    "between micro-batches": ("LightningModule.manual_backward", 5),
+    "unlearning": ("UnlearningMixin._unlearn", 2),
+    "validation": ("EvaluationMixin._count", 4),
+    "a row of the table": ("_TableWriter.save", 9),
+    "a new column": ("_TableWriter._write", 1),
+    "the begin of a checkpoint": ("WholeCheckpointIO.save_checkpoint", 2),
+    "the middle of a checkpoint": ("_SummedFile.write", 100),
+    "the end of a checkpoint": ("_to_disk", 20),
+    "the removal of a checkpoint": ("TorchCheckpointIO.remove_checkpoint", 1),
+    "the end of training": ("StepCheckpoint.on_train_end", 1),
+    "the export": ("export_model", 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("anchor", ["probe", "online"])
+def test_killed_in_each_phase_it_ends_the_same(
+    anchor: str, runner: Any, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(model_folder, data_folder, tokens_per_pass=24)
+    if anchor == "probe":
+        options = {"anchor": "probe", "probe_steps": 3, "fisher_texts": 5, "batch_size": 4}
+        config["trainer"]["callbacks"][0]["init_args"] = options
+    whole = Whole(tmp_path, runner, config)
+    for phase, (function, count) in PHASES.items():
+        if phase == "probe" and anchor == "online":
+            continue
+        folder = tmp_path / phase
+        status, _ = runner.run(folder, RESUME, function=function, count=count)
+        assert status == -signal.SIGKILL, (phase, (folder / "log").read_text())
+        whole.check(whole.interrupted(phase, []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_six_times_it_ends_the_same(seed: int, whole: Whole) -> None:
+    draw = random.Random(f"six {seed}")
+    moments = [{"calls": draw.randrange(whole.calls)} for _ in range(6)]
+    whole.check(whole.interrupted(f"six-{seed}", moments))
