@@ -1,6 +1,11 @@
-"""The command line: fit, validate, test, predict, elicit and score."""
+"""The command line: ``python cli.py --help`` says what it can do."""
 
-from lwf_lightning.cli import main
+import sys
+
+from lwf_lightning.cli_help import answer_at_once
 
 if __name__ == "__main__":
+    answer_at_once(sys.argv[1:])
+    from lwf_lightning.cli import main
+
     main()

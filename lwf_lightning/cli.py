@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +53,7 @@ def main(args: list[str] | None = None) -> LWFCLI:
     Args:
         args: Arguments instead of ``sys.argv[1:]``.
     """
+    _quieten_lightning()
     with clear_errors():
         return LWFCLI(
             LWFModule,
@@ -64,3 +67,13 @@ def main(args: list[str] | None = None) -> LWFCLI:
             seed_everything_default=0,
             args=args,
         )
+
+
+def _quieten_lightning() -> None:
+    """Keeps out of the log what only advertises, and a warning about Lightning's own code."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless cloud" not in str(record.msg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lwf_lightning.cli_help import fail
 from lwf_lightning.errors import NonFiniteLossError
 
 _PACKAGE = Path(__file__).parent
@@ -95,14 +95,6 @@ def clear_errors() -> Iterator[None]:
         fail(one_line(str(error)), status=1)
     except MisconfigurationException as error:  # Lightning's own refusals
         fail(" ".join(str(error).split()), status=1)
-
-
-def fail(message: str, tip: str = "", *, status: int = 2) -> NoReturn:
-    """Prints an error and perhaps a tip to stderr, and exits."""
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    if tip:
-        print(tip, file=sys.stderr)  # noqa: T201
-    raise SystemExit(status)
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -1,0 +1,142 @@
+"""Elicitation beside ``generate`` in data order, eight prompts at a time.
+
+    python -m benchmarks.elicitation --threads 2
+
+SmolLM2-135M answers real prompts of the five tasks, mixed: a few tokens to nearly two hundred, with
+answers between none and 64 tokens. Counted are the tokens that stay in the answers. Both ways end a
+row at the same texts; ``generate`` has a criterion of ours for that, which is a little faster
+than its own ``stop_strings``. Both give the same answers, up to ties within rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
+from lwf_lightning.data.encode import encode_prompt
+from lwf_lightning.generation import _cut, _stop_check, eos_token_ids, generate_answers
+from lwf_lightning.models import load_model, load_tokenizer
+from lwf_lightning.tasks import get_task, load_rows
+
+DATA = Path(os.environ.get("LWF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+TASKS = ("psychol", "dental", "qasc", "gsm8k", "sst5")
+WORK, PLAIN = "elicitation, tokens per second", "generate in data order, batch 8"
+
+
+def mixed_prompts(tokenizer: Any, per_task: int) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Token ids of prompts of all tasks in random order, and the texts at which answers end."""
+    order, ids, stop = random.Random(0), [], {}
+    for name in TASKS:
+        task = get_task(name)
+        rows = order.sample(list(load_rows(task, "train", data_dir=DATA)), per_task)
+        ids += [encode_prompt(tokenizer, task.example(row).prompt) for row in rows]
+        stop |= dict.fromkeys(task.stop)
+    order.shuffle(ids)
+    return ids, list(stop)
+
+
+def in_data_order(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, ...]],
+    stop: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> list[tuple[int, ...]]:
+    """What anybody would write first: padded on the left, batch after batch."""
+    eos_ids, is_stopped = eos_token_ids(model, tokenizer), _stop_check(tokenizer, stop)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(eos_ids), pad_token_id=0
+    )
+    model.generation_config = config  # else its own fills what is unset
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        texts = prompts[start : start + batch_size]
+        width = max(map(len, texts))
+        ids = torch.tensor([[0] * (width - len(text)) + [*text] for text in texts])
+        mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+
+        def stopped(ids: torch.Tensor, _: Any, width: int = width, **__: Any) -> torch.Tensor:
+            return torch.tensor([is_stopped(row) for row in ids[:, width:].tolist()])
+
+        generated = model.generate(
+            ids, attention_mask=mask, generation_config=config, stopping_criteria=[stopped]
+        )
+        answers += [_cut(row, tokenizer, eos_ids, stop) for row in generated[:, width:].tolist()]
+    return answers
+
+
+def results(
+    *, per_task: int = 12, rounds: int = 3, quick: bool = False
+) -> Iterator[Result | Skipped]:
+    """One line: how many times the tokens per second of ``generate``."""
+    if not (DATA / "qasc").is_dir():
+        yield Skipped(WORK, PLAIN, f"no data in {DATA}: set LWF_DATA_DIR")
+        return
+    try:
+        model, tokenizer = load_model("smollm2-135m").eval(), load_tokenizer("smollm2-135m")
+    except ValueError as error:
+        yield Skipped(WORK, PLAIN, str(error))
+        return
+    new = 4 if quick else 64
+    per_task, rounds = (1, 1) if quick else (per_task, rounds)
+    prompts, stop = mixed_prompts(tokenizer, per_task)
+    answers: dict[str, list[tuple[int, ...]]] = {}
+
+    def plain() -> None:
+        answers["plain"] = in_data_order(model, tokenizer, prompts, stop, max_new_tokens=new)
+
+    def ours() -> None:
+        answers["ours"] = generate_answers(
+            model, tokenizer, prompts, max_new_tokens=new, batch_size=32, stop=stop
+        )
+
+    in_data_order(model, tokenizer, prompts[:8], stop, max_new_tokens=2)  # warms both up
+    seconds = take_turns({"plain": plain, "ours": ours}, rounds=rounds, warm_up=0)
+    lengths = [len(answer) for answer in answers["plain"]]
+    pairs = zip(answers["plain"], answers["ours"], strict=True)
+    yield Result(
+        WORK,
+        PLAIN,
+        ratio_of_medians(seconds["plain"], seconds["ours"])
+        * sum(map(len, answers["ours"]))
+        / sum(lengths),
+        bar=2.0,
+        better="at least",
+        details={
+            "prompts": len(prompts),
+            "prompt_tokens": sum(map(len, prompts)),
+            "answer_tokens": sum(lengths),
+            "answers_that_differ": sum(a != b for a, b in pairs),
+            "plain_tokens_per_second": round(sum(lengths) / median(seconds["plain"]), 1),
+            "tokens_per_second": round(sum(lengths) / median(seconds["ours"]), 1),
+            "seconds": seconds,
+            "threads": torch.get_num_threads(),
+        },
+    )
+
+
+def main() -> None:
+    """Prints the line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--per-task", type=int, default=12, help="prompts of each of five tasks")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for result in results(per_task=options.per_task, rounds=options.rounds):
+        print(result.as_json())
+
+
+if __name__ == "__main__":
+    main()
