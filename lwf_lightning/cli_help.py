@@ -14,6 +14,7 @@ SUBCOMMANDS = {
     "predict": "the model's own answers beside the right ones, into predictions.jsonl",
     "elicit": "the base model's answers to the forgetting prompts (D_self), as JSONL",
     "score": "D_self with the forgetting confidence of each text, as JSONL",
+    "estimate": "the memory that a run of this configuration takes, before anything is loaded",
 }
 """What each does, in the order of :meth:`~lwf_lightning.cli.LWFCLI.subcommands`."""
 

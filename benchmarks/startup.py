@@ -1,0 +1,49 @@
+"""Seconds until the command line answers: each a median over fresh processes that take turns.
+
+python -m benchmarks.startup
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+from benchmarks.harness import Result, take_turns
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "import lwf_lightning": (["-c", "import lwf_lightning"], 1.0),
+    "cli.py --help": (["cli.py", "--help"], 2.0),
+    "cli.py with a wrong subcommand": (["cli.py", "fitt"], 2.0),
+    "cli.py fit --help": (["cli.py", "fit", "--help"], 15.0),
+}
+"""What is run, and its bar in seconds."""
+
+
+def results(*, rounds: int = 5, quick: bool = False) -> Iterator[Result]:
+    """One line per command."""
+
+    def starting(arguments: list[str]) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True)
+
+    ways = {name: starting(arguments) for name, (arguments, _) in COMMANDS.items()}
+    seconds = take_turns(ways, rounds=1 if quick else rounds)
+    for name, (_, bar) in COMMANDS.items():
+        details = {"seconds": seconds[name]}
+        yield Result(name, "the bar", median(seconds[name]), bar, unit="s", details=details)
+
+
+def main() -> None:
+    """Prints the lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    for result in results(rounds=parser.parse_args().rounds):
+        print(result.as_json())
+
+
+if __name__ == "__main__":
+    main()
