@@ -219,11 +219,11 @@ class FisherCallback(L.Callback):
             "progress": True,
         }
         data: Any = getattr(trainer, "datamodule", None)
-        learning, forgetting = self.learning_batches, self.forget_batches
+        learning, forgetting, places = self.learning_batches, self.forget_batches, None
         if learning is None:
             learning = fisher_batches(data, self.fisher_texts, self.batch_size, self.seed)
         if forgetting is None:
-            forgetting = scoring_batches(data, self.batch_size)
+            forgetting, places = scoring_batches(data, self.batch_size)
         with trainer.precision_plugin.forward_context():
             if self.anchor == "probe":
                 with exchanged_weights(model, base):
@@ -250,6 +250,8 @@ class FisherCallback(L.Callback):
                     text_loss=text_loss,
                     progress=True,
                 )
+                if places is not None:
+                    self.scores = self.scores.reordered(places)
                 if self.save_tensors:
                     self.tensors_file = write_tensors(trainer, fisher, anchor)
         self.forget_set = select_forget_set(

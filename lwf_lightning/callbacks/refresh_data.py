@@ -26,17 +26,27 @@ def probe_batches(data: LWFDataModule, steps: int, batch_size: int, seed: int) -
 
 
 def fisher_batches(data: LWFDataModule, count: int, batch_size: int, seed: int) -> list[Batch]:
-    """At most ``count`` learning texts, chosen by the seed: those behind the Fisher estimate."""
+    """At most ``count`` learning texts, chosen by the seed: those behind the Fisher estimate.
+
+    The longest come first, so that little of a batch is padding.
+    """
     texts = data.learning_encoded
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(texts), generator=generator)[:count].tolist()
-    return list(batches_of([texts[i] for i in chosen], batch_size, data.pad_token_id))
+    drawn = torch.randperm(len(texts), generator=generator)[:count].tolist()
+    chosen = sorted((texts[index] for index in drawn), key=len, reverse=True)
+    return list(batches_of(chosen, batch_size, data.pad_token_id))
 
 
-def scoring_batches(data: LWFDataModule, batch_size: int) -> list[Batch]:
-    """All texts of the self-knowledge, in order."""
+def scoring_batches(data: LWFDataModule, batch_size: int) -> tuple[list[Batch], list[int]]:
+    """All texts of the self-knowledge, the longest first, so that little of a batch is padding.
+
+    Returns:
+        The batches, and for each text of the self-knowledge its place among theirs.
+    """
     knowledge = data.self_knowledge
     if knowledge is None:
         raise ValueError("elicit the self-knowledge before scoring it")
     texts = [text.encoded() for text in knowledge.texts]
-    return list(batches_of(texts, batch_size, data.pad_token_id))
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+    places = sorted(range(len(texts)), key=order.__getitem__)
+    return list(batches_of([texts[i] for i in order], batch_size, data.pad_token_id)), places

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -52,6 +52,15 @@ class ForgettingConfidence:
     def confidence(self) -> Tensor:
         """FC without the constant, shape (texts,), float32. High means: forget it."""
         return self.alpha**2 / 2 * self.sensitivity - self.alpha * self.alignment
+
+    def reordered(self, places: Sequence[int]) -> ForgettingConfidence:
+        """The same scores in another order of the texts.
+
+        Args:
+            places: For each text of the new order, its place in the present one.
+        """
+        index = torch.tensor(places, device=self.alignment.device)
+        return replace(self, alignment=self.alignment[index], sensitivity=self.sensitivity[index])
 
 
 @torch.inference_mode(False)
