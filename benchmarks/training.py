@@ -1,0 +1,287 @@
+"""Plain fine-tuning beside TRL's ``SFTTrainer`` and the ``Trainer`` of transformers.
+
+    python -m benchmarks.training --threads 2
+
+Every way trains all weights of SmolLM2-135M in float32 with AdamW on the same answers of qasc and
+gsm8k, in the same order and the same batches (packing alone fills its batches by tokens). The
+figure counts tokens of answers per second, from the end of a run's first step to that of its last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from benchmarks.harness import Result, Skipped
+from lwf_lightning import LWFDataModule, LWFModule
+from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText, collate
+from lwf_lightning.models import load_model, load_tokenizer
+from lwf_lightning.trainer import LWFTrainer
+
+MODEL = "smollm2-135m"
+DATA = Path(os.environ.get("LWF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+OURS = "LWFModule, schedule never"
+Way = Callable[[], float]
+"""Trains from the start and returns tokens of answers per second."""
+
+
+def mixed_texts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[EncodedText]:
+    """Half of them short (qasc), half long (gsm8k), in random order."""
+    texts = []
+    for task in ("qasc", "gsm8k"):
+        data = LWFDataModule(task, data_dir=str(DATA), learning_texts=-(-count // 2))
+        data.tokenizer = tokenizer
+        data.setup("fit")
+        texts += data.learning_encoded
+    random.Random(0).shuffle(texts)
+    return texts[:count]
+
+
+def answer_tokens(texts: Sequence[EncodedText]) -> int:
+    """Tokens that carry a loss."""
+    return sum(label != IGNORE_INDEX for text in texts for label in text.labels)
+
+
+class StepEnds(L.Callback):
+    """Notes when each step of a run by Lightning ended."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Notes the time."""
+        self.seconds.append(time.perf_counter())
+
+
+class TrainerStepEnds(TrainerCallback):
+    """Notes when each step of a run by transformers ended."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Notes the time."""
+        self.seconds.append(time.perf_counter())
+
+
+def ours(texts: list[EncodedText], batch_size: int) -> Way:
+    """Plain fine-tuning by this package."""
+
+    def run() -> float:
+        ends = StepEnds()
+        trainer = LWFTrainer(
+            max_steps=len(texts) // batch_size,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[ends],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader: Any = DataLoader(texts, batch_size, collate_fn=lambda rows: collate(rows, 0))  # type: ignore[arg-type]
+        trainer.fit(LWFModule(MODEL, schedule="never"), loader)
+        return answer_tokens(texts[batch_size:]) / (ends.seconds[-1] - ends.seconds[0])
+
+    return run
+
+
+def _options(folder: str, texts: int, batch_size: int, **others: Any) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "max_steps": texts // batch_size,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": 1e-5,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "use_cpu": True,
+        "bf16": False,
+        "train_sampling_strategy": "sequential",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **others,
+    }
+
+
+def plain_trainer(
+    texts: list[EncodedText], batch_size: int, tokenizer: PreTrainedTokenizerBase
+) -> Way:
+    """The Trainer of transformers with labels on the answers."""
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            ends = TrainerStepEnds()
+            trainer = Trainer(
+                load_model(MODEL),
+                TrainingArguments(**_options(folder, len(texts), batch_size)),
+                train_dataset=Dataset.from_list(
+                    [{"input_ids": t.input_ids, "labels": t.labels} for t in texts]
+                ),
+                data_collator=DataCollatorForSeq2Seq(tokenizer),
+                callbacks=[ends],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return answer_tokens(texts[batch_size:]) / (ends.seconds[-1] - ends.seconds[0])
+
+    return run
+
+
+def trl(
+    texts: list[EncodedText], batch_size: int, tokenizer: PreTrainedTokenizerBase, **others: Any
+) -> Way:
+    """TRL's SFTTrainer with its loss on the answers; ``others`` go to its ``SFTConfig``."""
+
+    def run() -> float:
+        from trl import SFTConfig, SFTTrainer
+
+        rows = [
+            {
+                "input_ids": text.input_ids,
+                "completion_mask": [int(label != IGNORE_INDEX) for label in text.labels],
+            }
+            for text in texts
+        ]
+        options = _options("", len(texts), batch_size) | {"completion_only_loss": True} | others
+        with tempfile.TemporaryDirectory() as folder:
+            ends = TrainerStepEnds()
+            trainer = SFTTrainer(
+                load_model(MODEL),
+                SFTConfig(**options | {"output_dir": folder}),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                callbacks=[ends],
+            )
+            trainer.remove_callback(PrinterCallback)
+            # what it trains on: packing fills its batches with other texts
+            steps = [step["labels"][:, 1:] for step in trainer.get_train_dataloader()]
+            trainer.train()
+        answers = sum(int((labels != IGNORE_INDEX).sum()) for labels in steps[1:])
+        return answers / (ends.seconds[-1] - ends.seconds[0])
+
+    return run
+
+
+def ways(texts: list[EncodedText], batch_size: int) -> dict[str, Way]:
+    """All ways, by name; TRL's only where it is installed."""
+    tokenizer = load_tokenizer(MODEL)
+    found = {
+        OURS: ours(texts, batch_size),
+        "Trainer of transformers": plain_trainer(texts, batch_size, tokenizer),
+    }
+    if find_spec("trl") is None:
+        return found
+    # As many tokens to a pack as a batch has on average, and one pack to a step.
+    pack = max(sum(map(len, texts)) * batch_size // len(texts), *map(len, texts))
+    packing = {"packing": True, "max_length": pack, "per_device_train_batch_size": 1}
+    one_pass = {"max_steps": -1, "num_train_epochs": 1}
+    options: dict[str, dict[str, Any]] = {
+        "SFTTrainer, its defaults": {},
+        "SFTTrainer, no checkpointing": {"gradient_checkpointing": False},
+        "SFTTrainer, padding-free": {
+            "gradient_checkpointing": False,
+            "padding_free": True,
+            "max_length": None,
+        },
+        "SFTTrainer, packing": {"gradient_checkpointing": False, **packing, **one_pass},
+    }
+    for name, others in options.items():
+        found[name] = trl(texts, batch_size, tokenizer, **others)
+    return found
+
+
+def measure(todo: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Tokens of answers per second of each way, over interleaved rounds."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    set_verbosity_error()
+    disable_progress_bars()
+    disable_progress_bar()
+    speeds: dict[str, list[float]] = {name: [] for name in todo}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(rounds):
+            for name, run in todo.items():
+                speeds[name].append(run())
+    return speeds
+
+
+def results(
+    *, batch_size: int = 8, steps: int = 3, rounds: int = 3, quick: bool = False
+) -> Iterator[Result | Skipped]:
+    """This package beside each of the others; the bar is held against the best of them."""
+    if quick:
+        batch_size, steps, rounds = 2, 2, 1
+    if not (DATA / "qasc").is_dir():
+        yield Skipped("training", "", f"no data in {DATA}: set LWF_DATA_DIR")
+        return
+    texts = mixed_texts(load_tokenizer(MODEL), batch_size * steps)
+    speeds = measure(ways(texts, batch_size), rounds)
+    if find_spec("trl") is None:
+        yield Skipped("training", "SFTTrainer", "the package trl is not installed")
+    medians = {name: median(values) for name, values in speeds.items()}
+    details = {
+        "answer tokens per second": medians,
+        "rounds": rounds,
+        "texts per step": batch_size,
+        "steps timed": steps - 1,
+        "tokens per text": sum(map(len, texts)) / len(texts),
+        "model": MODEL,
+        "all": speeds,
+    }
+    for name in speeds:
+        if name != OURS:
+            ratio = medians[OURS] / medians[name]
+            yield Result("training, answer tokens/s", name, ratio, 1.3, "at least", details=details)
+
+
+def main() -> None:
+    """Prints one line per comparison."""
+    parser = argparse.ArgumentParser(description="Plain fine-tuning beside TRL and Trainer.")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3, help="steps of a run; the first is warm-up")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for result in results(
+        batch_size=arguments.batch_size, steps=arguments.steps, rounds=arguments.rounds
+    ):
+        if isinstance(result, Skipped):
+            print(result)
+            continue
+        speeds = result.details["answer tokens per second"]
+        print(
+            f"{result.compared_with:<32}{speeds[result.compared_with]:8.1f} tokens/s, ours "
+            f"{speeds[OURS]:8.1f}: {result.figure:5.2f} times",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
