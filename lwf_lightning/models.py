@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from safetensors import SafetensorError
 
+from lwf_lightning.errors import DamagedFileError
 from lwf_lightning.files import whole_folder
 from lwf_lightning.smollm2 import smollm2_folder
 
@@ -77,6 +79,11 @@ def _load(loader: Any, name_or_path: str | Path, **settings: Any) -> Any:
     located = locate_model(name_or_path)
     try:
         return loader.from_pretrained(located, **settings)
+    except pickle.UnpicklingError as error:
+        raise DamagedFileError(
+            f"{_FLAG}: {located} is not loaded: its weights are a pickle that holds more than "
+            "tensors and could run code, or a damaged one. Take weights in the safetensors format"
+        ) from error
     except (OSError, SafetensorError) as error:
         if Path(located).is_dir():
             raise ValueError(f"{_FLAG}: {located} cannot be loaded: {error}") from error

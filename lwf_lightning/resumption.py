@@ -155,9 +155,7 @@ class CheckpointConnector(_CheckpointConnector):
         path = None if run is None else self._newest_of(run)
         if step_checkpoint(trainer) is None or state_fn != TrainerFn.FITTING:  # no run to go on
             if path is None:
-                raise ValueError(
-                    f"--ckpt_path last: no run of this configuration in {root} has any"
-                )
+                raise ValueError(f"--ckpt_path last: {root} has no run of this configuration")
             return path
         if run is None:
             rank_zero_warn(

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lwf_lightning.errors import DamagedFileError
 from lwf_lightning.files import whole_file
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as one safetensors file, whole or not at all.
+    """Writes tensors as one safetensors file, whole or not at all, with a checksum in it.
 
     Args:
         path: The file; its folder is made, an earlier file is replaced.
         tensors: Any tensors by name.
+
+    Raises:
+        DiskFullError: If the disk is full; names the file.
     """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        save_file(on_cpu, temporary, metadata={"sha256": _sum(on_cpu)})
 
 
 def load_tensors(path: str | Path, *, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -32,16 +40,23 @@ def load_tensors(path: str | Path, *, model: nn.Module | None = None) -> dict[st
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or does not fit the model; the message names the file
-            and the parameter.
+        DamagedFileError: If the file is damaged or was not written by :func:`save_tensors`; names
+            it.
+        ValueError: If it does not fit the model; the message names the file and the parameter.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get("sha256")
+            tensors: dict[str, Tensor] = {
+                name: file.get_tensor(name) for name in sorted(file.keys())
+            }
+    except (SafetensorError, ValueError) as error:
+        raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from error
+    if written != _sum(tensors):
+        raise DamagedFileError(f"{path} is damaged: its sha256 is not the one inside")
     if model is not None:
         check_fit(tensors, model, what=str(path))
     return tensors
@@ -68,3 +83,12 @@ def check_fit(tensors: Mapping[str, Tensor], model: nn.Module, *, what: str) -> 
                 f"{what}: {name} has shape {tuple(tensors[name].shape)}, "
                 f"in the model it has {tuple(parameter.shape)}"
             )
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(memoryview(data))
+    return digest.hexdigest()

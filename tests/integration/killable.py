@@ -2,7 +2,7 @@
 
 As a script: imports everything once, then forks a process for each run that it is asked for, one
 JSON object per line. A moment is a number of Python calls since the start, so that it can be
-anywhere and is the same each time, or the n-th call of a function.
+anywhere and is the same each time, or the n-th call of a function, or some time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +42,11 @@ class Killable:
         function: str | None = None,
         count: int = 1,
         number: int = signal.SIGKILL,
+        seconds: float | None = None,
+        count_calls: bool = False,
         env: dict[str, str] | None = None,
     ) -> tuple[int, int]:
-        """Runs the command line, and kills it at the moment.
+        """Runs the command line, and sends it a signal at the moment.
 
         Args:
             cwd: Where; its output goes to ``log`` there.
@@ -51,15 +54,20 @@ class Killable:
             calls: The moment, as a number of calls.
             function: The moment, as the name of a function of the package, or of Lightning.
             count: Which call of the function.
-            number: The signal, SIGKILL or another.
+            number: The signal.
+            seconds: Another moment, after this time, whatever the process is doing; for SIGKILL.
+            count_calls: Whether to count the calls.
             env: More of the environment.
 
         Returns:
             Exit status, negative for a signal; and the calls made, if it was not killed.
         """
         cwd.mkdir(parents=True, exist_ok=True)
-        moment = {"calls": calls, "function": function, "count": count, "signal": int(number)}
-        job = {"cwd": str(cwd), "args": args, "env": env or {}, **moment}
+        job = {
+            **{"cwd": str(cwd), "args": args, "env": env or {}, "count_calls": count_calls},
+            **{"calls": calls, "function": function, "count": count, "signal": int(number)},
+            "seconds": seconds,
+        }
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -106,20 +114,22 @@ def _child(job: dict[str, Any]) -> int:
         made += 1
         if made == job["calls"]:
             os.kill(os.getpid(), job["signal"])
-        if event == "call" and frame.f_code.co_qualname == job["function"]:
+        if frame.f_code.co_qualname == job["function"]:
             seen += 1
             if seen == job["count"]:
+                sys.settrace(None)
                 os.kill(os.getpid(), job["signal"])
 
     Path("calls").unlink(missing_ok=True)
-    sys.setprofile(count)
+    if job["count_calls"] or job["calls"] or job["function"]:
+        sys.settrace(count)
     try:
         main(job["args"])
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
     Path("calls").write_text(str(made))
     return status
 
@@ -142,7 +152,11 @@ def _serve() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
+        timer = threading.Timer(job["seconds"] or 1e6, os.kill, (pid, signal.SIGKILL))
+        timer.start()
         _, waited = os.waitpid(pid, 0)
+        timer.cancel()
+        timer.join()
         print(os.waitstatus_to_exitcode(waited), flush=True)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ class Whole:
     def __init__(self, folder: Path, runner: Any, config: dict[str, Any]) -> None:
         self.folder, self.runner = folder, runner
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        status, self.calls = runner.run(folder / "whole", FIT)
+        status, self.calls = runner.run(folder / "whole", FIT, count_calls=True)
         assert status == 0, (folder / "whole" / "log").read_text()
 
     def interrupted(self, name: str, moments: list[dict[str, Any]]) -> Path:
@@ -107,7 +109,8 @@ class Whole:
     def check(self, folder: Path) -> None:
         """Compares a run with the one that was left alone."""
         theirs, ours = folder / "runs" / "version_0", self.folder / "whole" / "runs" / "version_0"
-        assert [path.name for path in (folder / "runs").glob("[!.]*")] == ["version_0"]
+        runs = [path.name for path in (folder / "runs").glob("[!.]*") if path.is_dir()]
+        assert runs == ["version_0"]
         assert files(theirs) == files(ours)
         for name in ("metrics.csv", *(n for n in files(ours) if n.endswith((".jsonl", "tensors")))):
             assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
@@ -168,6 +171,42 @@ def test_killed_five_times_it_ends_the_same(whole: Whole) -> None:
     whole.check(whole.interrupted("five", moments))
 
 
+@pytest.mark.parametrize("place", ["UnlearningMixin._unlearn", "EvaluationMixin._count"])
+def test_sigterm_saves_after_the_step_and_leaves(place: str, whole: Whole) -> None:
+    folder = whole.folder / place
+    moment = {"function": place, "count": 3, "number": signal.SIGTERM}
+    status, _ = whole.runner.run(folder, RESUME, **moment)
+    log = (folder / "log").read_text()
+    assert status == 128 + signal.SIGTERM, log
+    assert "SIGTERM: leaving after saving runs/version_0/checkpoints/step-0000" in log
+    assert "Traceback" not in log
+    whole.check(whole.interrupted(place, []))
+
+
+SLURM = {
+    **{"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "fit", "SLURM_PROCID": "0"},
+    **{"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"},
+}
+
+
+def test_a_job_that_slurm_requeues_goes_on_by_itself(whole: Whole) -> None:
+    folder = whole.folder / "slurm"
+    folder.mkdir()
+    scontrol = folder / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" > requeued\nkill -9 $PPID\n')
+    scontrol.chmod(0o755)
+    env = SLURM | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    moment = {"function": "UnlearningMixin._unlearn", "count": 2, "number": signal.SIGUSR1}
+    status, _ = whole.runner.run(folder, FIT, env=env, **moment)
+    assert status == -signal.SIGKILL, (folder / "log").read_text()
+    assert (folder / "requeued").read_text() == "requeue 7\n"
+    assert (folder / "runs" / "hpc_ckpt_1.ckpt").exists()
+    status, _ = whole.runner.run(folder, FIT, env=env)
+    assert status == 0, (folder / "log").read_text()
+    assert "The run in runs/version_0 goes on from hpc_ckpt_1.ckpt" in (folder / "log").read_text()
+    whole.check(folder)
+
+
 PHASES = {  # a call within each, the second or later where there are several
     "elicitation": ("generate_answers", 1),
     "probe": ("labelled_tokens", 2),
@@ -213,3 +252,14 @@ def test_killed_six_times_it_ends_the_same(seed: int, whole: Whole) -> None:
     draw = random.Random(f"six {seed}")
     moments = [{"calls": draw.randrange(whole.calls)} for _ in range(6)]
     whole.check(whole.interrupted(f"six-{seed}", moments))
+
+
+@pytest.mark.slow
+def test_killed_after_any_time_it_ends_the_same(whole: Whole) -> None:
+    begun = time.monotonic()
+    assert whole.runner.run(whole.folder / "timed", FIT)[0] == 0
+    took = time.monotonic() - begun
+    draw = random.Random(1)
+    for run in range(4):
+        moments = [{"seconds": draw.uniform(0.01, took)} for _ in range(5)]
+        whole.check(whole.interrupted(f"timed-{run}", moments))

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lwf_lightning.errors import DamagedFileError
 from lwf_lightning.forgetting import tensors
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
 
@@ -28,7 +29,7 @@ def test_a_failed_write_leaves_the_old_file(
     file = tmp_path / "t.safetensors"
     save_tensors(file, {"a": torch.ones(2)})
 
-    def fail(content: object, path: Path) -> None:
+    def fail(content: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
@@ -48,6 +49,26 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"cut\.safetensors: not a whole safetensors file"):
         load_tensors(cut)
+
+
+def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "t.safetensors"
+    written = {"a": torch.randn(9, 5), "b": torch.ones(3).bfloat16(), "c": torch.ones(())}
+    save_tensors(file, written)
+    content = file.read_bytes()
+    torch.testing.assert_close(load_tensors(file), written, rtol=0, atol=0)
+    for place in range(len(content)):
+        if content[place : place + 1] == b" ":  # pads the header and says nothing
+            continue
+        file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(DamagedFileError, match=r"t\.safetensors"):
+            load_tensors(file)
+
+
+def test_a_file_without_a_sum_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(DamagedFileError, match=r"other\.safetensors is damaged"):
+        load_tensors(tmp_path / "other.safetensors")
 
 
 def test_a_file_of_another_model_is_named_with_the_parameter(tmp_path: Path) -> None:

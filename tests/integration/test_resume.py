@@ -1,0 +1,190 @@
+"""Which run and which checkpoint ``ckpt_path="last"`` goes on with."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lwf_lightning.callbacks import StepCheckpoint
+from lwf_lightning.checkpoint_io import _SummedFile
+from lwf_lightning.errors import DamagedFileError, DiskFullError
+from lwf_lightning.forgetting.weights import copy_weights
+
+Make = Callable[..., Any]
+
+
+class Counter(L.Callback):
+    """Counts the learning steps of one process."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+
+
+@pytest.fixture
+def fit(make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path) -> Make:
+    """Runs a fit of plain fine-tuning; gives its trainer, module and number of steps."""
+
+    def run(
+        ckpt_path: str | None = None, *, steps: int = 6, root: Path = tmp_path, **model: Any
+    ) -> Any:
+        module, counter = make_module(schedule="never", **model), Counter()
+        callbacks = [StepCheckpoint(every_n_steps=2), counter]
+        trainer = make_trainer(max_steps=steps, callbacks=callbacks, default_root_dir=root)
+        trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+        return trainer, module, counter.steps
+
+    return run
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def saved(trainer: L.Trainer) -> list[Path]:
+    return sorted((Path(str(trainer.log_dir)) / "checkpoints").iterdir())
+
+
+def test_the_last_two_checkpoints_are_kept(fit: Make) -> None:
+    trainer, _, _ = fit(steps=5)
+    assert [path.name for path in saved(trainer)] == ["step-000004.ckpt", "step-000005.ckpt"]
+    assert trainer.checkpoint_callback.best_model_path == str(saved(trainer)[-1])
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(cut: bool, fit: Make) -> None:
+    trainer, whole, _ = fit()
+    before, last = saved(trainer)
+    content = last.read_bytes()
+    if cut:
+        last.write_bytes(content[: len(content) // 2])
+    else:
+        flip(last)
+    with pytest.warns(UserWarning, match=rf"{last.name} is (cut short|damaged).*an earlier one"):
+        trainer, module, steps = fit("last")
+    assert steps == 2
+    assert saved(trainer) == [before, last]
+    torch.testing.assert_close(
+        copy_weights(module.model), copy_weights(whole.model), rtol=0, atol=0
+    )
+    flip(before)
+    flip(last)
+    with pytest.raises(DamagedFileError, match=r"all checkpoints in .* are damaged: remove"):
+        fit("last")
+    with pytest.raises(DamagedFileError, match=rf"{last.name} is damaged"):
+        fit(str(last))
+
+
+def test_a_run_that_has_finished_has_nothing_left_to_do(
+    fit: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, whole, _ = fit()
+    before = {path: path.read_bytes() for path in Path(str(trainer.log_dir)).rglob("*.csv")}
+    with caplog.at_level("INFO"):
+        trainer, module, steps = fit("last")
+    assert steps == 0
+    assert "version_0 has finished: nothing is left to do" in caplog.text
+    torch.testing.assert_close(
+        copy_weights(module.model), copy_weights(whole.model), rtol=0, atol=0
+    )
+    assert {p: p.read_bytes() for p in Path(str(trainer.log_dir)).rglob("*.csv")} == before
+    trainer, _, steps = fit("last", steps=9)  # a later end gives it something to do
+    assert steps == 3
+    assert trainer.global_step == 9
+    assert Path(str(trainer.log_dir)).name == "version_0"
+
+
+def test_another_configuration_is_another_run(fit: Make, recwarn: pytest.WarningsRecorder) -> None:
+    fit()
+    trainer, _, steps = fit("last", learning_rate=3e-3)
+    assert steps == 6
+    assert Path(str(trainer.log_dir)).name == "version_1"
+    assert any("version_0 is a run with another model.init_args.learning_rate" in str(w.message)
+               for w in recwarn)  # fmt: skip
+    trainer, _, steps = fit("last", max_skipped_steps=3)  # nothing that makes it another
+    assert steps == 0
+    assert Path(str(trainer.log_dir)).name == "version_0"
+
+
+def test_without_a_run_one_begins_and_nothing_is_evaluated(
+    fit: Make, make_trainer: Make, make_module: Make, make_data: Make, tmp_path: Path
+) -> None:
+    def test(ckpt_path: str) -> Any:
+        module, trainer = make_module(schedule="never"), make_trainer(default_root_dir=tmp_path)
+        return trainer.test(module, datamodule=make_data(), ckpt_path=ckpt_path)
+
+    with pytest.raises(ValueError, match=r"--ckpt_path last: .* has no run of this configuration"):
+        test("last")
+    with pytest.warns(UserWarning, match="no run of this configuration in .*: one begins"):
+        trainer, _, steps = fit("last")
+    assert steps == 6
+    assert test("last") == test(str(saved(trainer)[-1]))
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_later(
+    fit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole, _ = fit()
+    root = tmp_path / "full"
+    with monkeypatch.context() as patch:
+        write = _SummedFile.write
+
+        def full(self: Any, data: Any) -> int:
+            if "step-000004" in self.file.name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, data)
+
+        patch.setattr(_SummedFile, "write", full)
+        with pytest.raises(DiskFullError, match=r"step-000004\.ckpt could not be written"):
+            fit("last", root=root)
+    assert [path.name for path in root.glob("*/checkpoints/*")] == ["step-000002.ckpt"]
+    _, module, steps = fit("last", root=root)
+    assert steps == 4
+    torch.testing.assert_close(
+        copy_weights(module.model), copy_weights(whole.model), rtol=0, atol=0
+    )
+
+
+def test_no_checkpoints_are_saved_where_none_are_wanted(make_trainer: Make) -> None:
+    for options in ({"enable_checkpointing": False}, {"fast_dev_run": True}):
+        trainer = make_trainer(**options)
+        assert not any(isinstance(callback, StepCheckpoint) for callback in trainer.callbacks)
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        StepCheckpoint(every_n_steps=0)
+
+
+WRITERS = """
+import sys, warnings
+from pathlib import Path
+from lwf_lightning.forgetting.elicit import SelfKnowledge, SelfText, _read_cache, _write_cache
+warnings.simplefilter("error")  # a damaged file would be warned of
+path = Path(sys.argv[1])
+text = SelfText("p" * 2000, "a", (1, 2), (3,), "task", 0)
+knowledge = SelfKnowledge([text] * 50, dropped=2)
+for _ in range(150):
+    _write_cache(path, "print", knowledge)
+    assert _read_cache(path, "print") == knowledge
+"""
+
+
+def test_two_processes_that_want_the_same_cache_leave_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "print.jsonl"
+    command = [sys.executable, "-c", WRITERS, str(path)]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert [file.name for file in tmp_path.iterdir()] == ["print.jsonl"]
