@@ -35,12 +35,12 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class LWFCLI(LightningCLI):
-    """LightningCLI with the subcommands ``elicit`` and ``score`` of :class:`LWFTrainer`."""
+    """LightningCLI with ``elicit``, ``score`` and ``estimate`` of :class:`LWFTrainer`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and ours; the named arguments come from the CLI itself."""
-        ours = {name: {"model", "datamodule"} for name in ("elicit", "score")}
+        ours = {name: {"model", "datamodule"} for name in ("elicit", "score", "estimate")}
         return {**LightningCLI.subcommands(), **ours}
 
     def _parse_ckpt_path(self) -> None:

@@ -123,6 +123,17 @@ def load_tokenizer(
     return tokenizer  # type: ignore[no-any-return]
 
 
+def load_config(name_or_path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads a model's configuration alone; see :func:`load_tokenizer` for the arguments.
+
+    Raises:
+        ValueError: If it cannot be found or loaded.
+    """
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, name_or_path, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     name_or_path: str | Path,
     *,

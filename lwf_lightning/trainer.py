@@ -1,4 +1,4 @@
-"""A Trainer with two more entry points: elicit and score."""
+"""A Trainer with three more entry points: elicit, score and estimate."""
 
 from __future__ import annotations
 
@@ -177,6 +177,37 @@ class LWFTrainer(L.Trainer):
             f"{len(knowledge.texts)} texts scored, {len(callback.forget_set)} selected "
             f"(alpha {callback.scores.alpha:.3g}): {Path(output)}"
         )
+
+    def estimate(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ranks: int | None = None,
+    ) -> None:
+        """Predict the memory of a fit, phase by phase, without loading the model.
+
+        The model's configuration and its tokenizer are read, and the texts for their lengths.
+
+        Args:
+            model: The module.
+            datamodule: The datamodule.
+            ranks: Processes to plan for, sharded by FSDP2, whether or not this machine has them;
+                by default the trainer's own.
+        """
+        from rich.console import Console
+
+        from lwf_lightning.estimate import available, predict
+        from lwf_lightning.memory_report import table, verdict
+
+        if not isinstance(model, LWFModule) or not isinstance(datamodule, LWFDataModule):
+            raise ValueError("estimate needs an LWFModule and an LWFDataModule")
+        if ranks is not None and ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {ranks}")
+        found = predict(self, model, datamodule, ranks)
+        console = Console()
+        console.print(table(found))
+        for line in verdict(found, available(self)):
+            console.print(line, highlight=False)
 
     def _stop_early(
         self,

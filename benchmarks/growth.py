@@ -1,0 +1,253 @@
+"""How time and memory grow with texts, length, parameters and the forgetting interval.
+
+    python -m benchmarks.growth              # what is not measured yet, then the picture
+    python -m benchmarks.growth --plot       # the picture alone
+
+Every point is measured in a process of its own and appended to ``benchmarks/growth.jsonl``; a run
+that was cut off goes on with the next point. Remove the file to measure anew. The picture,
+``docs/figures/growth.png``, shows a line fitted to each curve: its slope and R squared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import record
+from benchmarks.harness import take_turns
+from benchmarks.memory import MALLOC, forget_peak, resident
+from lwf_lightning.data.batch import Batch
+from lwf_lightning.forgetting.confidence import forgetting_confidence
+from lwf_lightning.forgetting.fisher import diagonal_fisher
+from lwf_lightning.losses import per_text_loss
+
+POINTS = Path(__file__).parent / "growth.jsonl"
+PICTURE = Path(__file__).parent.parent / "docs" / "figures" / "growth.png"
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+SHAPES = {
+    "1M": (128, 384, 4, 4, 2, 1024, False),
+    "4M": (256, 704, 4, 4, 2, 2048, False),
+    "11M": (384, 1024, 6, 6, 3, 4096, True),
+    "27M": (512, 1376, 8, 8, 4, 4096, False),
+    "61M": (576, 1536, 16, 9, 3, 8192, True),
+    "135M": (576, 1536, 30, 9, 3, 49152, True),  # SmolLM2-135M
+}
+SERIES: dict[str, list[Any]] = {
+    "texts": [64, 128, 256, 512, 1024],
+    "tokens": [32, 64, 128, 256, 512],
+    "parameters": list(SHAPES),
+    "interval": [1, 2, 4, 8, 16, 32, None],
+}
+BATCH = 8
+LEARNING_STEPS = 64
+
+
+def measure(series: str, value: Any, rounds: int) -> dict[str, Any]:
+    """One point: seconds and bytes by name."""
+    if series == "interval":
+        return _measure_interval(value, rounds)
+    return _measure_scoring(
+        shape={"texts": "1M", "tokens": "4M"}.get(series, value),
+        texts=value if series == "texts" else 2 * BATCH if series == "tokens" else BATCH,
+        tokens=value if series == "tokens" else 64,
+        rounds=rounds,
+    )
+
+
+def _measure_scoring(shape: str, texts: int, tokens: int, rounds: int) -> dict[str, Any]:
+    _score(make_model("1M"), _batches(1024, BATCH, 8))  # what torch sets up once is no growth
+    before = resident()[1]
+    model = make_model(shape)
+    vocabulary = model.config.vocab_size
+    batches = _batches(vocabulary, texts, tokens)
+
+    def plain() -> None:
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            per_text_loss(model, batch).mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    fisher = diagonal_fisher(model, batches[:1])
+    anchor = {name: p.detach() * 0.99 for name, p in model.named_parameters()}
+    ways: dict[str, Callable[[], object]] = {
+        "forward and backward": plain,
+        "Fisher": lambda: diagonal_fisher(model, batches),
+        "scoring": lambda: forgetting_confidence(model, batches, fisher=fisher, anchor=anchor),
+    }
+    peaks = {}
+    for name, run in ways.items():  # these rounds warm up, too
+        forget_peak()
+        run()
+        peaks[name] = resident()[0] - before
+    seconds = take_turns(ways, rounds=rounds, warm_up=0)
+    return {
+        "size": sum(p.numel() for p in model.parameters()),
+        "seconds": {name: median(times) for name, times in seconds.items()},
+        "bytes": peaks,
+    }
+
+
+def make_model(shape: str) -> LlamaForCausalLM:
+    """A random Llama of a size in ``SHAPES``."""
+    hidden, intermediate, layers, heads, key_value_heads, vocabulary, tied = SHAPES[shape]
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def _batches(vocabulary: int, texts: int, tokens: int) -> list[Batch]:
+    """Random texts in batches of ``BATCH``, labelled on the second half."""
+    ids = torch.randint(3, vocabulary, (texts, tokens))
+    labels = ids.clone()
+    labels[:, : tokens // 2] = -100
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return [
+        {key: tensor[start : start + BATCH] for key, tensor in whole.items()}
+        for start in range(0, texts, BATCH)
+    ]
+
+
+def _score(model: LlamaForCausalLM, batches: list[Batch]) -> None:
+    fisher = diagonal_fisher(model, batches)
+    anchor = {name: p.detach() * 0.99 for name, p in model.named_parameters()}
+    forgetting_confidence(model, batches, fisher=fisher, anchor=anchor)
+    per_text_loss(model, batches[0]).mean().backward()
+
+
+def _measure_interval(interval: int | None, rounds: int) -> dict[str, Any]:
+    """A fit of the embedded world; everything that its base model says is unlearned in turn."""
+    import lightning as L
+
+    from lwf_lightning import LWFDataModule, LWFModule
+    from lwf_lightning.trainer import LWFTrainer
+
+    class Clock(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            forget_peak()
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *_: Any) -> None:
+            self.seconds = time.perf_counter() - self.start
+            self.peak = resident()[0]
+
+    seconds, peaks, unlearned = [], [], 0
+    before = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds + 1):  # the first one warms up
+            clock = Clock()
+            module = LWFModule(
+                "world-base",
+                schedule="periodic" if interval else "never",
+                unlearning_interval=interval or 1,
+                unlearning_scale=0.01,
+                without_scores="use_all",
+            )
+            data = LWFDataModule(
+                "world_learning",
+                ["world_forgetting"],
+                batch_size=16,
+                forget_batch_size=16,
+                max_new_tokens=8,
+                cache_dir=folder,
+            )
+            trainer = LWFTrainer(
+                max_steps=LEARNING_STEPS,
+                accelerator="cpu",
+                callbacks=[clock],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=0,
+            )
+            before = before or resident()[1]
+            trainer.fit(module, data)
+            seconds.append(clock.seconds)
+            peaks.append(clock.peak - before)
+            unlearned = module.unlearning_steps
+    return {
+        "size": unlearned,
+        "seconds": {"learning step": median(seconds[1:]) / LEARNING_STEPS},
+        "bytes": {"learning step": peaks[0]},
+    }
+
+
+def key_of(series: str, value: Any) -> str:
+    """The name of a point."""
+    return f"{series}={value}"
+
+
+def read_points(path: Path) -> dict[str, dict[str, Any]]:
+    """The points measured so far."""
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    points = [json.loads(row) for row in rows]
+    return {key_of(point["series"], point["value"]): point for point in points}
+
+
+def main() -> None:
+    """Measures what is missing and draws the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--points", type=Path, default=POINTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--limit", type=float, help="begin no point after so many seconds")
+    parser.add_argument("--plot", action="store_true", help="draw what there is")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        torch.set_num_threads(options.threads)
+        series, value = json.loads(options.child)
+        print(json.dumps(measure(series, value, options.rounds)))
+        return
+    done, start = read_points(options.points), time.monotonic()
+    wanted = [(series, value) for series in options.series for value in SERIES[series]]
+    missing = [point for point in wanted if key_of(*point) not in done]
+    for series, value in tqdm([] if options.plot else missing, desc="Points"):
+        if options.limit and time.monotonic() - start > options.limit:
+            break
+        with options.points.open("a", encoding="utf-8") as file:
+            point = _in_a_process(series, value, options)
+            file.write(json.dumps(point) + "\n")
+    from benchmarks.growth_picture import draw
+
+    for line in draw(read_points(options.points).values(), options.picture):
+        print(line)
+
+
+def _in_a_process(series: str, value: Any, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.growth", "--child", json.dumps([series, value])]
+    command += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
+    child = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"{series}={value} failed: {child.stderr.strip()[-2000:]}")
+    surroundings = {"commit": record.commit(), "threads": options.threads}
+    found = json.loads(child.stdout.splitlines()[-1])
+    return {"series": series, "value": value, **surroundings, **found}
+
+
+if __name__ == "__main__":
+    main()

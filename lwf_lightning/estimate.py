@@ -1,0 +1,248 @@
+"""What a configured run will need in memory, before any of it is allocated."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from lwf_lightning.callbacks.fisher import FisherCallback
+from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
+from lwf_lightning.data.encode import encode_prompt
+from lwf_lightning.data.passes import pass_cost
+from lwf_lightning.data.sampler import batch_indices
+from lwf_lightning.memory import ModelSize, Pass, Phase, Plan, Precision, Prompts, passes_of, phases
+from lwf_lightning.models import load_config
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from lwf_lightning.datamodule import LWFDataModule
+    from lwf_lightning.module import LWFModule
+
+_BATCHES_LOOKED_AT = 256
+"""Batches of a run whose passes are looked at: enough to meet long texts."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The prediction for one rank, and what it was made of."""
+
+    size: ModelSize
+    plan: Plan
+    phases: list[Phase]
+
+
+def predict(
+    trainer: L.Trainer, module: LWFModule, data: LWFDataModule, ranks: int | None = None
+) -> Estimate:
+    """Predicts the memory of a fit.
+
+    Only the model's configuration, its tokenizer and the texts are read.
+
+    Args:
+        trainer: Says devices, precision and callbacks.
+        module: Says the model and what is done to it.
+        data: Says the texts, which are tokenized.
+        ranks: Processes to shard among with FSDP2, whatever the trainer's; None takes its own.
+
+    Raises:
+        ValueError: If the model or the data cannot be found.
+    """
+    model = meta_model(module)
+    size = size_of(model)
+    plan = _plan(trainer, module, data, model, ranks)
+    return Estimate(size, plan, phases(size, plan))
+
+
+def meta_model(module: LWFModule) -> nn.Module:
+    """The model without its weights, adapter included."""
+    from transformers import AutoModelForCausalLM
+
+    options = module.hparams
+    trust = options["trust_remote_code"]
+    config = load_config(options["model_name"], trust_remote_code=trust)
+    with torch.device("meta"):
+        model: nn.Module = cast(Any, AutoModelForCausalLM).from_config(
+            config, dtype=getattr(torch, options["dtype"]), trust_remote_code=trust
+        )
+        if module.lora is not None:
+            from peft import get_peft_model
+
+            lora = copy.deepcopy(module.lora)
+            lora.task_type = "CAUSAL_LM"
+            model = get_peft_model(model, lora)
+    return model
+
+
+def size_of(model: Any) -> ModelSize:
+    """The size of a model, which may lie on the meta device."""
+    config = model.config.get_text_config()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = _blocks(model, config.num_hidden_layers)
+    counts = [(_count(b.parameters()), _count(_trained(b))) for b in blocks]
+    heads = config.num_attention_heads
+    return ModelSize(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        heads=heads,
+        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or 0,
+        vocabulary=config.vocab_size,
+        parameters=_count(model.parameters()),
+        trainable=_count(trained),
+        block=max(count for count, _ in counts),
+        block_trainable=max(count for _, count in counts),
+        largest=max(p.numel() for p in trained),
+        tied=bool(config.tie_word_embeddings),
+        trains_norms=any(p.ndim == 1 for p in trained),
+    )
+
+
+def _blocks(model: nn.Module, layers: int) -> list[nn.Module]:
+    lists: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers
+    ]
+    if not lists:
+        return [model]
+    return list(max(lists, key=lambda blocks: _count(blocks.parameters())).children())
+
+
+def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def precision_of(dtype: str, trainer_precision: str, model: nn.Module) -> Precision:
+    """Bytes per element under a dtype of the weights and a precision of the trainer.
+
+    Args:
+        dtype: ``model.init_args.dtype``.
+        trainer_precision: ``trainer.precision``.
+        model: The model as it is loaded.
+    """
+    loaded = getattr(torch, dtype).itemsize
+    trained = max(p.element_size() for p in _trained(model))  # an adapter on bf16 is float32
+    if trainer_precision.endswith("-true") and not trainer_precision.startswith(("32", "64")):
+        return Precision(2, 2, 2, loaded)
+    mixed = trainer_precision.endswith("-mixed")
+    return Precision(loaded, trained, 2 if mixed else loaded, loaded, mixed)
+
+
+def _plan(
+    trainer: L.Trainer,
+    module: LWFModule,
+    data: LWFDataModule,
+    model: nn.Module,
+    ranks: int | None,
+) -> Plan:
+    data.tokenizer = module.tokenizer
+    data.setup("fit")
+    texts = [_tokens_and_labels(text) for text in data.learning_encoded]
+    device = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"
+    cost = pass_cost(device, _count(model.parameters()))
+    world = trainer.world_size if ranks is None else ranks
+    steps = min(_BATCHES_LOOKED_AT, trainer.max_steps if trainer.max_steps > 0 else math.inf)
+    learning = [
+        passes_of([texts[i] for i in chosen], cost, module.hparams["tokens_per_pass"])
+        for chosen in _batches(len(texts), data.batch_size, data.seed, int(steps))
+    ]
+    options: dict[str, Any] = {
+        "learning": _distinct(learning),
+        "accumulates": any(len(passes) > 1 for passes in learning),
+        "checkpointing": module.hparams["gradient_checkpointing"],
+        "ranks": world if ranks is not None or _shards(trainer) else 1,
+        "device": device,
+        "precision": precision_of(module.hparams["dtype"], str(trainer.precision), model),
+    }
+    options |= _evaluation(data, cost)
+    if module.schedule.unlearns:
+        options |= _forgetting(trainer, data, texts, cost)
+    return Plan(**options)
+
+
+def _forgetting(
+    trainer: L.Trainer, data: LWFDataModule, texts: Sequence[tuple[int, int]], cost: int
+) -> dict[str, Any]:
+    """What unlearning and its scores add to the plan."""
+    encoded = (
+        encode_prompt(data._tokenizer, example.prompt, chat_template=data.chat_template)
+        for _, example in data.forgetting_examples
+    )
+    prompts = [min(len(ids), data.max_length) for ids in encoded]
+    prompts = sorted(prompts, reverse=True) or [data.max_length]
+    # Whatever is chosen to be forgotten, it is no longer than this.
+    known = [(tokens + data.max_new_tokens, data.max_new_tokens) for tokens in prompts]
+    found: dict[str, Any] = {
+        "unlearns": True,
+        "unlearning": passes_of(known[: data.forget_batch_size], 0),
+        "elicitation": Prompts(
+            min(data.elicit_batch_size, len(prompts)), prompts[0], data.max_new_tokens
+        ),
+    }
+    callbacks = cast(list["L.Callback"], trainer.callbacks)  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, FisherCallback):
+            longest = sorted(texts, reverse=True)
+            chosen = _batches(len(texts), callback.probe_batch_size, callback.seed, 64)
+            found |= {
+                "anchor": callback.anchor,
+                "probe": _distinct(passes_of([texts[i] for i in b], cost) for b in chosen),
+                "fisher": passes_of(longest[: callback.batch_size], 0),
+                "scoring": passes_of(known[: callback.batch_size], 0),
+            }
+    return found
+
+
+def _evaluation(data: LWFDataModule, cost: int) -> dict[str, Any]:
+    """Passes of choices to score, and the prompts to answer."""
+    passes: list[list[Pass]] = []
+    prompts = [Prompts(0, 0, 0)]
+    for loader in data.val_dataloader():
+        for batch in itertools.islice(loader, _BATCHES_LOOKED_AT):
+            labels = (batch.batch["labels"] != IGNORE_INDEX).sum(dim=1).tolist()
+            lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
+            if batch.kind == "choice":
+                passes.append(passes_of(list(zip(lengths, labels, strict=True)), cost))
+            else:
+                prompts.append(Prompts(len(lengths), max(lengths), data.max_new_tokens))
+    longest = max(prompts, key=lambda p: p.texts * (p.tokens + p.answer))
+    return {"evaluation": _distinct(passes), "evaluation_prompts": longest}
+
+
+def _batches(texts: int, batch_size: int, seed: int, steps: int) -> Iterator[list[int]]:
+    for step in range(min(steps, max(1, texts // batch_size))):
+        yield batch_indices(texts, batch_size, seed, step)
+
+
+def _distinct(batches: Iterable[list[Pass]]) -> list[Pass]:
+    return list(dict.fromkeys(one for passes in batches for one in passes))
+
+
+def _tokens_and_labels(text: EncodedText) -> tuple[int, int]:
+    return len(text), sum(label != IGNORE_INDEX for label in text.labels)
+
+
+def _shards(trainer: L.Trainer) -> bool:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def available(trainer: L.Trainer) -> int:
+    """Bytes of memory that one rank's device has."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // trainer.num_devices

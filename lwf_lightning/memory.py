@@ -1,0 +1,469 @@
+"""How much memory a run takes: arithmetic on sizes, nothing is allocated.
+
+Each term is a few lines, so that it can be read beside the code it describes. The terms of
+transformer activations are those of a Llama-like block (RMS norms, gated MLP, rotary attention by
+``sdpa``), counted from what autograd saves; other architectures are near it.
+
+    >>> ModelSize(layers=2, hidden=8, intermediate=16, heads=2, key_value_heads=1,
+    ...     vocabulary=100, parameters=1000, trainable=1000, block=100, block_trainable=100,
+    ...     largest=800).parameters
+    1000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from lwf_lightning.data.passes import group_by_length
+
+Parts: TypeAlias = dict[str, int]
+"""What memory goes to, in bytes by name."""
+
+FLOAT = 4
+"""Bytes of a float32: Fisher information, scores and the arithmetic inside norms and losses."""
+
+_ENGINE_BLOCK = {"cpu": 2**21, "cuda": 2**24}  # forgetting.gradients.BLOCK_ELEMENTS
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the memory of a causal LM depends on.
+
+    Attributes:
+        layers: Blocks.
+        hidden: Width of the residual stream.
+        intermediate: Width of the MLP.
+        heads: Attention heads.
+        key_value_heads: Heads of keys and values.
+        vocabulary: Rows of the head.
+        parameters: All weights, tied ones once.
+        trainable: Those that train: all of them, or an adapter.
+        block: Weights of the largest block.
+        block_trainable: Those of them that train.
+        largest: Elements of the largest tensor that trains.
+        head_size: Width of a head; 0 takes ``hidden / heads``.
+        tied: Whether the head is the embedding.
+        trains_norms: Whether norms train, which keeps their output.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    parameters: int
+    trainable: int
+    block: int
+    block_trainable: int
+    largest: int
+    head_size: int = 0
+    tied: bool = False
+    trains_norms: bool = True
+
+    @property
+    def attention(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * (self.head_size or self.hidden // self.heads)
+
+    @property
+    def key_value(self) -> int:
+        """Width of all key heads together."""
+        return self.attention // self.heads * self.key_value_heads
+
+    @property
+    def root(self) -> int:
+        """Weights outside the blocks: embedding, last norm, head."""
+        return self.parameters - self.layers * self.block
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter trains and the rest is frozen."""
+        return self.trainable < self.parameters
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per element.
+
+    Attributes:
+        weights: Of the weights, as the run holds them.
+        trained: Of the weights that train: float32 in an adapter unless all is cast.
+        compute: Of activations in matrix products.
+        loaded: Of the weights as ``dtype`` loads them, before the trainer casts them.
+        mixed: Whether products run under autocast, which keeps cast copies.
+    """
+
+    weights: int = 4
+    trained: int = 4
+    compute: int = 4
+    loaded: int = 4
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass.
+
+    Attributes:
+        texts: Texts in it.
+        width: Tokens of the longest, to which all are padded.
+        columns: Positions at which some text has a label: where the head runs.
+        labelled: Labelled tokens of all texts.
+        padded: Whether there is padding, which takes an attention mask and repeated keys.
+    """
+
+    texts: int
+    width: int
+    columns: int
+    labelled: int
+    padded: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.texts * self.width
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts to be answered.
+
+    Attributes:
+        texts: Prompts.
+        tokens: Tokens of the longest, to which all are padded.
+        answer: Tokens of an answer.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    answer: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, as far as its memory depends on it; passes are the largest of their kind.
+
+    Attributes:
+        learning: Passes of a learning step.
+        evaluation: Passes of an evaluation batch.
+        unlearns: Whether the run unlearns: a base copy, and moments of its own.
+        anchor: Where theta*_L comes from; None without a FisherCallback.
+        unlearning: Passes of an unlearning step.
+        probe: Passes of a step of the probe.
+        fisher: Passes of the Fisher estimate.
+        scoring: Passes of scoring.
+        elicitation: The largest batch of self-generation.
+        evaluation_prompts: The largest batch of prompts that evaluation answers.
+        accumulates: Whether a learning step has several passes.
+        checkpointing: Whether activations are recomputed.
+        ranks: Processes among which FSDP2 shards everything.
+        device: ``cpu`` or ``cuda``.
+        precision: Bytes per element.
+    """
+
+    learning: Sequence[Pass]
+    evaluation: Sequence[Pass] = ()
+    unlearns: bool = False
+    anchor: Literal["probe", "online"] | None = None
+    unlearning: Sequence[Pass] = ()
+    probe: Sequence[Pass] = ()
+    fisher: Sequence[Pass] = ()
+    scoring: Sequence[Pass] = ()
+    elicitation: Prompts = Prompts()
+    evaluation_prompts: Prompts = Prompts()
+    accumulates: bool = False
+    checkpointing: bool = False
+    ranks: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Precision = field(default_factory=Precision)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run and what its highest point consists of, on one rank."""
+
+    name: str
+    parts: Parts
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+def passes_of(
+    texts: Sequence[tuple[int, int]], cost: int, max_tokens: int | None = None
+) -> list[Pass]:
+    """The passes of a batch.
+
+    Args:
+        texts: Tokens of each text, and how many at its end are labelled.
+        cost: See :func:`lwf_lightning.data.passes.pass_cost`; 0 puts all texts in one pass.
+        max_tokens: See :func:`lwf_lightning.data.passes.group_by_length`.
+
+    Example:
+        >>> passes_of([(10, 4), (8, 1)], cost=100)
+        [Pass(texts=2, width=10, columns=4, labelled=5, padded=True)]
+    """
+    lengths = [tokens for tokens, _ in texts]
+    groups = group_by_length(lengths, cost, max_tokens) if cost else [list(range(len(texts)))]
+    found = []
+    for group in groups:
+        part = [texts[index] for index in group]
+        width = max(tokens for tokens, _ in part)
+        first = min(tokens - labelled for tokens, labelled in part)
+        columns = width - max(1, first)  # the first token is never predicted
+        labelled = sum(min(labels, tokens - 1) for tokens, labels in part)
+        padded = any(tokens < width for tokens, _ in part)
+        found.append(Pass(len(part), width, max(columns, 0), labelled, padded))
+    return found
+
+
+def phases(size: ModelSize, plan: Plan) -> list[Phase]:
+    """The highest point of each phase of a run, in the order of the run."""
+    held = resident(size, plan)
+    moments = {"moments of AdamW": 2 * size.trainable * plan.precision.trained // plan.ranks}
+    found = [Phase("load", loading(size, plan))]
+    if plan.unlearns:
+        found.append(Phase("elicit", held | generation(size, plan, plan.elicitation)))
+    if plan.unlearns and plan.anchor == "probe":
+        start = {"start copy of the probe": held["base copy"]}
+        found.append(Phase("probe", held | start | moments | step(size, plan, plan.probe, True)))
+    if plan.unlearns and plan.anchor:
+        found += [
+            Phase("Fisher", held | _anchor(size, plan) | estimate_fisher(size, plan)),
+            Phase("scoring", held | _anchor(size, plan) | scoring(size, plan)),
+        ]
+    optimizers = dict(moments)
+    if plan.unlearns:
+        optimizers["moments of unlearning"] = moments["moments of AdamW"]
+    evaluation = max(
+        forward(size, plan, plan.evaluation),
+        generation(size, plan, plan.evaluation_prompts),
+        key=_sum,
+    )
+    found.append(Phase("validation", held | optimizers | evaluation))
+    learning = step(size, plan, plan.learning, plan.accumulates)
+    found.append(Phase("learning step", held | optimizers | learning))
+    if plan.unlearns:
+        unlearning = step(size, plan, plan.unlearning, False)
+        found.append(Phase("unlearning step", held | optimizers | unlearning))
+    return found
+
+
+def resident(size: ModelSize, plan: Plan) -> Parts:
+    """What lives as long as the run: weights, and the base copy of those that train."""
+    numbers = plan.precision
+    frozen = (size.parameters - size.trainable) * numbers.weights
+    parts = {"weights": (frozen + size.trainable * numbers.trained) // plan.ranks}
+    if plan.unlearns:
+        parts["base copy"] = size.trainable * numbers.trained // plan.ranks
+    return parts
+
+
+def loading(size: ModelSize, plan: Plan) -> Parts:
+    """The weights as they are loaded, and the base copy taken of them."""
+    parts = {"weights": size.parameters * plan.precision.loaded // plan.ranks}
+    if plan.unlearns:
+        parts["base copy"] = size.trainable * plan.precision.loaded // plan.ranks
+    return parts
+
+
+def step(size: ModelSize, plan: Plan, passes: Iterable[Pass], accumulates: bool) -> Parts:
+    """Activations and gradients of a forward and backward pass, at the higher of two moments.
+
+    Activations go as gradients come, layer by layer, so the sum is highest at either end: when the
+    backward pass has just begun, or when it has just ended.
+    """
+    numbers = plan.precision
+    gradients = size.trainable * numbers.trained // plan.ranks
+    # The head's gradient comes first. A tied table gets a second one at the end, and whatever has
+    # a gradient already gets another beside it.
+    table = min(size.largest, size.hidden * size.vocabulary) * numbers.trained
+    again = size.largest * numbers.trained if accumulates or size.tied else 0
+    if size.is_adapted:
+        table = again = 0
+    cast = _cast_weights(size, plan)
+    gathered = gathered_groups(size, plan, gradients=True)
+    best: Parts = {}
+    for one in passes:
+        kept = kept_activations(size, plan, one, training=True)
+        top = head(size, plan, one, training=True)
+        begins = {"activations": kept, "logits": top, **cast, **gathered}
+        begins["gradients"] = gradients if accumulates else 0
+        begun = begins | {"logits": head_backward(size, plan, one)}
+        begun["gradients"] += table if not accumulates else again
+        ends = {
+            "activations": block_activations(size, plan, one, training=True),
+            "logits": 0,
+            "gradients": gradients + again,
+            **cast,
+            **gathered,
+        }
+        best = max(best, begins, begun, ends, key=_sum)
+    return best
+
+
+def forward(size: ModelSize, plan: Plan, passes: Iterable[Pass]) -> Parts:
+    """A pass without gradients: one block at a time."""
+    best: Parts = {}
+    for one in passes:
+        parts = {
+            "activations": running_activations(size, plan, one.texts, one.width),
+            "logits": head(size, plan, one, training=False),
+            **_cast_weights(size, plan, keeps=False),
+            **gathered_groups(size, plan, gradients=False),
+        }
+        best = max(best, parts, key=_sum)
+    return best
+
+
+def generation(size: ModelSize, plan: Plan, prompts: Prompts) -> Parts:
+    """Keys and values of all tokens, and the longest prompt's forward pass."""
+    tokens = prompts.texts * (prompts.tokens + prompts.answer)
+    return {
+        "keys and values": 2 * size.layers * size.key_value * tokens * plan.precision.compute,
+        "activations": running_activations(size, plan, prompts.texts, prompts.tokens),
+        "logits": 2 * prompts.texts * size.vocabulary * FLOAT,
+        **_cast_weights(size, plan, keeps=False),
+        **gathered_groups(size, plan, gradients=False),
+    }
+
+
+def estimate_fisher(size: ModelSize, plan: Plan) -> Parts:
+    """One float32 per trained weight, and the engine's pass."""
+    fisher = {"Fisher": FLOAT * size.trainable // plan.ranks}
+    return fisher | engine(size, plan, plan.fisher, per_block=FLOAT)
+
+
+def scoring(size: ModelSize, plan: Plan) -> Parts:
+    """Fisher and its product with the distance to the anchor, and the engine's pass."""
+    each = FLOAT * size.trainable // plan.ranks
+    parts = {"Fisher": each, "Fisher x distance": each}
+    return parts | engine(size, plan, plan.scoring, per_block=2 * FLOAT)
+
+
+def engine(size: ModelSize, plan: Plan, passes: Iterable[Pass], *, per_block: int) -> Parts:
+    """A pass that forms the gradient of each text in blocks; none is kept."""
+    best: Parts = {}
+    tied_head = size.tied and not size.is_adapted
+    for one in passes:
+        kept = kept_activations(size, plan, one, training=False)
+        logits = head_backward(size, plan, one)
+        later = 0  # a tied table waits for its look-up, and the head's gradient with it
+        if tied_head:
+            later = one.texts * one.columns * size.vocabulary * plan.precision.compute
+        parts = {
+            "activations": kept,
+            "logits": max(logits, later),
+            "block of gradients": _ENGINE_BLOCK[plan.device] * FLOAT,
+            **_cast_weights(size, plan),
+            **gathered_groups(size, plan, gradients=False, per_block=per_block),
+        }
+        best = max(best, parts, key=_sum)
+    return best
+
+
+def kept_activations(size: ModelSize, plan: Plan, one: Pass, *, training: bool) -> int:
+    """What the forward pass keeps for the backward pass: all blocks, or their inputs and one."""
+    block = block_activations(size, plan, one, training=training)
+    if not plan.checkpointing:
+        return size.layers * block
+    residual = FLOAT if plan.precision.mixed else plan.precision.compute
+    return size.layers * one.tokens * size.hidden * residual + block
+
+
+def block_activations(size: ModelSize, plan: Plan, one: Pass, *, training: bool) -> int:
+    """What one block keeps."""
+    numbers = plan.precision
+    # Two norms: their input as float32, and what they multiply by their weight if that trains.
+    norms = 2 * size.hidden * (FLOAT + (numbers.weights if training and size.trains_norms else 0))
+    # The inputs of five products (a cast copy for each under autocast), and of the output's.
+    inputs = (5 if numbers.mixed else 2) * size.hidden
+    keys = size.attention if one.padded else size.key_value
+    attention = 2 * size.attention + 2 * keys
+    gates = 4 * size.intermediate
+    token = norms + numbers.compute * (inputs + attention + gates) + FLOAT * size.heads
+    mask = one.width * numbers.compute if one.padded else 0
+    return one.tokens * (token + mask)
+
+
+def running_activations(size: ModelSize, plan: Plan, texts: int, width: int) -> int:
+    """The most that a block holds at a time without gradients."""
+    wide = max(3 * size.intermediate, 2 * size.attention + 4 * size.key_value)
+    mask = width * plan.precision.compute
+    return texts * width * (plan.precision.compute * (wide + 2 * size.hidden) + mask)
+
+
+def head(size: ModelSize, plan: Plan, one: Pass, *, training: bool) -> int:
+    """Logits at every column, picked out at the labels, and their log-probabilities."""
+    columns = one.texts * one.columns * size.vocabulary * plan.precision.compute
+    labelled = one.labelled * size.vocabulary
+    upcast = FLOAT if plan.precision.compute < FLOAT else 0
+    return max(
+        columns + labelled * plan.precision.compute,
+        labelled * (plan.precision.compute + upcast + FLOAT),
+    )
+
+
+def head_backward(size: ModelSize, plan: Plan, one: Pass) -> int:
+    """Log-probabilities and two gradients of them; then those of the picked and of all logits."""
+    columns = one.texts * one.columns * size.vocabulary * plan.precision.compute
+    labelled = one.labelled * size.vocabulary
+    return max(3 * labelled * FLOAT, labelled * plan.precision.compute + columns)
+
+
+def gathered_groups(size: ModelSize, plan: Plan, *, gradients: bool, per_block: int = 0) -> Parts:
+    """FSDP2: the block at work and the next one, and the root, are whole on every rank.
+
+    Args:
+        size: The model.
+        plan: The run.
+        gradients: Whether a backward pass follows, whose gradients are whole until they are shared.
+        per_block: Bytes per trained weight of a block that scoring and Fisher gather besides.
+    """
+    if plan.ranks == 1:
+        return {}
+    numbers = plan.precision
+    whole = (2 * size.block + size.root) * numbers.weights
+    if gradients:
+        root_trainable = size.trainable - size.layers * size.block_trainable
+        whole += (size.block_trainable + root_trainable) * numbers.trained
+    whole += per_block * max(size.block_trainable, min(size.largest, size.trainable))
+    return {"gathered layers": whole}
+
+
+def _anchor(size: ModelSize, plan: Plan) -> Parts:
+    """The probe's weights; online, the anchor is the current weights, which are held anyway."""
+    if plan.anchor == "online":
+        return {}
+    return {"anchor": size.trainable * plan.precision.trained // plan.ranks}
+
+
+def _cast_weights(size: ModelSize, plan: Plan, *, keeps: bool = True) -> Parts:
+    """Autocast copies the matrices: trained ones until the step ends, frozen ones for backward.
+
+    Args:
+        size: The model.
+        plan: The run.
+        keeps: Whether a backward pass follows.
+    """
+    numbers = plan.precision
+    if not numbers.mixed:
+        return {}
+    matrices = size.parameters - (0 if size.tied else size.hidden * size.vocabulary)
+    if size.is_adapted and (plan.checkpointing or not keeps):
+        matrices = size.block + size.hidden * size.vocabulary
+    return {"cast weights": matrices * numbers.compute}
+
+
+def highest(found: Iterable[Phase]) -> Phase:
+    """The phase that needs most."""
+    return max(found, key=lambda phase: phase.total)
+
+
+def _sum(parts: Parts) -> int:
+    return sum(parts.values())

@@ -1,0 +1,104 @@
+"""A prediction of memory as a table for people: phases, what they consist of, what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lwf_lightning.memory import Phase, highest
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lwf_lightning.estimate import Estimate
+
+_SMALLER_PASSES = {  # what cuts the activations and logits of each phase
+    "elicit": "--data.init_args.elicit_batch_size",
+    "probe": "probe_batch_size of FisherCallback, which changes the probe",
+    "Fisher": "batch_size of FisherCallback, which changes no score",
+    "scoring": "batch_size of FisherCallback, which changes no score",
+    "validation": "--data.init_args.eval_batch_size",
+    "learning step": "--model.init_args.tokens_per_pass",
+    "unlearning step": "--data.init_args.forget_batch_size",
+}
+_SHARD = "FSDP2 over more processes (docs/multi-gpu.md)"
+_LORA = "LoRA (model.init_args.lora)"
+_HALF = "--trainer.precision bf16-true"
+_HELP = {  # part: what makes it smaller
+    "weights": f"--model.init_args.dtype bfloat16; {_SHARD}",
+    "base copy": f"{_LORA}; {_SHARD}",
+    "moments of AdamW": f"{_LORA}; {_HALF}; {_SHARD}",
+    "moments of unlearning": f"{_LORA}; {_HALF}; {_SHARD}",
+    "gradients": f"{_LORA}; {_HALF}; {_SHARD}",
+    "Fisher": f"{_LORA}; {_SHARD}",
+    "Fisher x distance": f"{_LORA}; {_SHARD}",
+    "anchor": f"anchor online of FisherCallback; {_LORA}",
+    "start copy of the probe": f"anchor online of FisherCallback; {_LORA}",
+    "cast weights": _HALF,
+    "gathered layers": "--model.init_args.dtype bfloat16",
+    "keys and values": "--data.init_args.elicit_batch_size; --data.init_args.max_new_tokens",
+}
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them.
+
+    Example:
+        >>> size(2_500_000_000)
+        '2.5 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def table(estimate: Estimate) -> Table:
+    """One row per phase, the highest marked."""
+    from rich.table import Table
+
+    model, plan = estimate.size, estimate.plan
+    trained = "" if not model.is_adapted else f", {model.trainable:,} of them trained"
+    where = f"on each of {plan.ranks} ranks" if plan.ranks > 1 else "on each process"
+    result = Table(
+        title=f"{model.parameters:,} parameters{trained}; memory {where}", title_justify="left"
+    )
+    result.add_column("phase")
+    result.add_column("peak", justify="right")
+    result.add_column("of which")
+    top = highest(estimate.phases)
+    for phase in estimate.phases:
+        parts = sorted(phase.parts.items(), key=lambda part: -part[1])
+        text = ", ".join(
+            f"{name} {size(count)}" for name, count in parts if count * 100 > phase.total
+        )
+        result.add_row(phase.name, size(phase.total), text, style="bold" if phase is top else None)
+    return result
+
+
+def verdict(estimate: Estimate, available: int) -> Sequence[str]:
+    """Whether the run fits, and if not, the flags that help most, by what takes most.
+
+    Args:
+        estimate: The prediction.
+        available: Bytes there are for one rank.
+    """
+    top = highest(estimate.phases)
+    need = f"Highest: {top.name}, {size(top.total)}"
+    if top.total <= available:
+        return [f"{need} of the {size(available)} that one process has here."]
+    lines = [f"{need}; that is more than the {size(available)} that one process has here."]
+    for name, count in sorted(top.parts.items(), key=lambda part: -part[1])[:4]:
+        if advice := _advice(top, name, estimate.plan.checkpointing):
+            lines.append(f"  {name} ({size(count)}): {advice}")
+    return lines
+
+
+def _advice(phase: Phase, part: str, is_checkpointed: bool) -> str:
+    if part not in ("activations", "logits"):
+        return _HELP.get(part, "")
+    smaller = _SMALLER_PASSES.get(phase.name, "")
+    if part == "activations" and not is_checkpointed and phase.name not in ("elicit", "validation"):
+        return f"{smaller}; --model.init_args.gradient_checkpointing true"
+    return smaller

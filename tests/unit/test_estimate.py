@@ -1,0 +1,143 @@
+"""From a configured run to its prediction: nothing is loaded, and a real run agrees with it."""
+
+import sys
+
+import lightning as L
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
+from lwf_lightning.estimate import Estimate, meta_model, precision_of, predict, size_of
+from lwf_lightning.memory import highest
+from lwf_lightning.memory_report import size, table, verdict
+from lwf_lightning.trainer import LWFTrainer
+
+
+@pytest.fixture
+def run(tmp_path):
+    def make(module=None, data=None, callbacks=(), **settings):
+        trainer = LWFTrainer(
+            accelerator="cpu", devices=1, callbacks=[FisherCallback(), *callbacks],
+            default_root_dir=tmp_path, max_steps=4, logger=False, **settings,
+        )  # fmt: skip
+        return (
+            trainer,
+            LWFModule("world-base", **(module or {})),
+            LWFDataModule("world_learning", ["world_forgetting"], max_length=48, **(data or {})),
+        )
+
+    return make
+
+
+def test_the_size_is_that_of_the_model_without_its_weights(make_llama):
+    llama = make_llama(tied=True)
+    found = size_of(llama)
+    assert found.parameters == sum(p.numel() for p in llama.parameters())
+    assert found.block == sum(p.numel() for p in llama.model.layers[0].parameters())
+    assert found.root == 37 * 16 + 16
+    assert found.largest == 37 * 16
+    assert found.tied
+    assert found.trains_norms
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = size_of(get_peft_model(make_llama(), adapter))
+    assert adapted.trainable == 2 * (2 * 16 + 2 * 16)
+    assert adapted.block_trainable == 2 * 16 + 2 * 16
+    assert not adapted.trains_norms
+
+
+def test_no_weight_is_loaded(run, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lwf_lightning.module.load_model", refuse)
+    trainer, module, data = run()
+    assert all(p.is_meta for p in meta_model(module).parameters())
+    found = predict(trainer, module, data)
+    assert found.size.parameters == 1_117_056
+    assert not hasattr(module, "model")
+
+
+def test_the_lengths_are_those_of_the_texts(run):
+    trainer, module, data = run(data={"batch_size": 4, "elicit_batch_size": 5})
+    plan = predict(trainer, module, data).plan
+    longest = max(len(text) for text in data.learning_encoded)
+    assert max(one.width for one in plan.learning) <= longest
+    assert {one.width for one in plan.fisher} == {longest}
+    assert plan.elicitation.texts == 5
+    assert plan.elicitation.answer == data.max_new_tokens
+
+
+def test_an_adapter_and_shards_take_less(run):
+    whole = predict(*run())
+    adapted = predict(*run({"lora": LoraConfig(r=2, target_modules="all-linear")}))
+    assert adapted.size.trainable < whole.size.trainable
+    assert highest(adapted.phases).total < highest(whole.phases).total
+    sharded = predict(*run(), ranks=4)
+    assert sharded.phases[0].parts["weights"] == whole.phases[0].parts["weights"] // 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trainer_precision", "expected"),
+    [
+        ("float32", "32-true", (4, 4, 4, 4, False)),
+        ("float32", "bf16-mixed", (4, 4, 2, 4, True)),
+        ("float32", "bf16-true", (2, 2, 2, 4, False)),
+        ("bfloat16", "32-true", (2, 2, 2, 2, False)),
+    ],
+)
+def test_bytes_per_element(make_llama, dtype, trainer_precision, expected):
+    found = precision_of(dtype, trainer_precision, make_llama().to(getattr(torch, dtype)))
+    numbers = (found.weights, found.trained, found.compute, found.loaded, found.mixed)
+    assert numbers == expected
+
+
+def test_the_table_marks_the_highest_phase_and_the_verdict_names_flags(run):
+    found = predict(*run())
+    rows = table(found)
+    assert [row.style for row in rows.rows].count("bold") == 1
+    (fits,) = verdict(found, 10**12)
+    assert "1 TB that one process has here" in fits
+    too_much, *advice = verdict(found, 1)
+    assert "more than the 1 B" in too_much
+    assert any("--" in line or "LoRA" in line for line in advice)
+    assert size(999) == "999 B"
+
+
+def test_every_part_that_can_dominate_has_advice(run):
+    from lwf_lightning.memory_report import _advice
+
+    found = [*predict(*run()).phases, *predict(*run(), ranks=2).phases]
+    for phase in found:
+        if phase.name == "load":
+            continue
+        for part in phase.parts:
+            if part != "block of gradients":  # of a fixed size
+                assert _advice(phase, part, False), (phase.name, part)
+
+
+def test_estimate_is_a_method_of_the_trainer(run, capsys):
+    trainer, module, data = run()
+    trainer.estimate(module, data)
+    printed = capsys.readouterr().out
+    assert "learning step" in printed
+    assert "Highest:" in printed
+    with pytest.raises(ValueError, match="ranks must be at least 1"):
+        trainer.estimate(module, data, ranks=0)
+    with pytest.raises(ValueError, match="estimate needs an LWFModule"):
+        trainer.estimate(L.LightningModule(), data)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_real_run_needs_what_was_predicted():
+    from benchmarks.memory import ALLOWED, results
+
+    (result,) = results(quick=True)
+    assert result.figure <= ALLOWED
+
+
+def test_an_estimate_is_what_it_was_made_of(run):
+    found = predict(*run())
+    assert isinstance(found, Estimate)
+    assert found.plan.precision.weights == 4
