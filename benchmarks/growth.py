@@ -17,22 +17,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import lightning as L
 import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import record
 from benchmarks.harness import take_turns
-from benchmarks.memory import MALLOC, forget_peak, resident
+from benchmarks.memory import ENVIRONMENT, forget_peak, resident
+from lwf_lightning import LWFDataModule, LWFModule
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.forgetting.confidence import forgetting_confidence
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.losses import per_text_loss
+from lwf_lightning.trainer import LWFTrainer
 
 POINTS = Path(__file__).parent / "growth.jsonl"
 PICTURE = Path(__file__).parent.parent / "docs" / "figures" / "growth.png"
@@ -55,16 +58,18 @@ BATCH = 8
 LEARNING_STEPS = 64
 
 
-def measure(series: str, value: Any, rounds: int) -> dict[str, Any]:
-    """One point: seconds and bytes by name."""
+def measure(series: str, values: list[Any], rounds: int) -> Iterator[dict[str, Any]]:
+    """Points: seconds and bytes by name."""
     if series == "interval":
-        return _measure_interval(value, rounds)
-    return _measure_scoring(
-        shape={"texts": "1M", "tokens": "4M"}.get(series, value),
-        texts=value if series == "texts" else 2 * BATCH if series == "tokens" else BATCH,
-        tokens=value if series == "tokens" else 64,
-        rounds=rounds,
-    )
+        yield from _measure_intervals(values, rounds)
+        return
+    for value in values:
+        yield _measure_scoring(
+            shape={"texts": "1M", "tokens": "4M"}.get(series, value),
+            texts=value if series == "texts" else 2 * BATCH if series == "tokens" else BATCH,
+            tokens=value if series == "tokens" else 64,
+            rounds=rounds,
+        )
 
 
 def _measure_scoring(shape: str, texts: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -136,62 +141,68 @@ def _score(model: LlamaForCausalLM, batches: list[Batch]) -> None:
     per_text_loss(model, batches[0]).mean().backward()
 
 
-def _measure_interval(interval: int | None, rounds: int) -> dict[str, Any]:
-    """A fit of the embedded world; everything that its base model says is unlearned in turn."""
-    import lightning as L
-
-    from lwf_lightning import LWFDataModule, LWFModule
-    from lwf_lightning.trainer import LWFTrainer
-
-    class Clock(L.Callback):
-        def on_train_start(self, *_: Any) -> None:
-            forget_peak()
-            self.start = time.perf_counter()
-
-        def on_train_end(self, *_: Any) -> None:
-            self.seconds = time.perf_counter() - self.start
-            self.peak = resident()[0]
-
-    seconds, peaks, unlearned = [], [], 0
-    before = 0
+def _measure_intervals(intervals: list[int | None], rounds: int) -> Iterator[dict[str, Any]]:
+    """Fits of the embedded world that take turns; all that its base model says is unlearned."""
+    seconds: dict[int | None, list[float]] = {interval: [] for interval in intervals}
+    peaks, steps = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds + 1):  # the first one warms up
-            clock = Clock()
-            module = LWFModule(
-                "world-base",
-                schedule="periodic" if interval else "never",
-                unlearning_interval=interval or 1,
-                unlearning_scale=0.01,
-                without_scores="use_all",
-            )
-            data = LWFDataModule(
-                "world_learning",
-                ["world_forgetting"],
-                batch_size=16,
-                forget_batch_size=16,
-                max_new_tokens=8,
-                cache_dir=folder,
-            )
-            trainer = LWFTrainer(
-                max_steps=LEARNING_STEPS,
-                accelerator="cpu",
-                callbacks=[clock],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-            )
-            before = before or resident()[1]
-            trainer.fit(module, data)
-            seconds.append(clock.seconds)
-            peaks.append(clock.peak - before)
-            unlearned = module.unlearning_steps
-    return {
-        "size": unlearned,
-        "seconds": {"learning step": median(seconds[1:]) / LEARNING_STEPS},
-        "bytes": {"learning step": peaks[0]},
-    }
+        _fit(intervals[0], folder)  # warms up, and keeps what was elicited
+        before = resident()[1]
+        for _ in range(rounds):
+            for interval in intervals:
+                clock, steps[interval] = _fit(interval, folder)
+                seconds[interval].append(clock.seconds)
+                peaks[interval] = clock.peak - before
+    for interval in intervals:
+        yield {
+            "size": steps[interval],
+            "seconds": {"learning step": median(seconds[interval]) / LEARNING_STEPS},
+            "bytes": {"learning step": peaks[interval]},
+        }
+
+
+class _Clock(L.Callback):
+    """Times the steps of a fit, without what comes before and after them."""
+
+    def on_train_start(self, *_: Any) -> None:
+        forget_peak()
+        self.start = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self.start
+        self.peak = resident()[0]
+
+
+def _fit(interval: int | None, folder: str) -> tuple[_Clock, int]:
+    """Trains with an interval, or None for never; says how many steps unlearned, too."""
+    clock = _Clock()
+    module = LWFModule(
+        "world-base",
+        schedule="periodic" if interval else "never",
+        unlearning_interval=interval or 1,
+        unlearning_scale=0.01,
+        without_scores="use_all",
+    )
+    data = LWFDataModule(
+        "world_learning",
+        ["world_forgetting"],
+        batch_size=16,
+        forget_batch_size=16,
+        max_new_tokens=8,
+        cache_dir=folder,
+    )
+    trainer = LWFTrainer(
+        max_steps=LEARNING_STEPS,
+        accelerator="cpu",
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, data)
+    return clock, module.unlearning_steps
 
 
 def key_of(series: str, value: Any) -> str:
@@ -220,33 +231,44 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         torch.set_num_threads(options.threads)
-        series, value = json.loads(options.child)
-        print(json.dumps(measure(series, value, options.rounds)))
+        print(json.dumps(list(measure(*json.loads(options.child), options.rounds))))
         return
     done, start = read_points(options.points), time.monotonic()
-    wanted = [(series, value) for series in options.series for value in SERIES[series]]
-    missing = [point for point in wanted if key_of(*point) not in done]
-    for series, value in tqdm([] if options.plot else missing, desc="Points"):
+    for series, values in tqdm([] if options.plot else list(_parts(options.series, done))):
         if options.limit and time.monotonic() - start > options.limit:
             break
+        points = _in_a_process(series, values, options)
         with options.points.open("a", encoding="utf-8") as file:
-            point = _in_a_process(series, value, options)
-            file.write(json.dumps(point) + "\n")
+            file.writelines(json.dumps(point) + "\n" for point in points)
     from benchmarks.growth_picture import draw
 
     for line in draw(read_points(options.points).values(), options.picture):
         print(line)
 
 
-def _in_a_process(series: str, value: Any, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.growth", "--child", json.dumps([series, value])]
+def _parts(series: list[str], done: Container[str]) -> Iterator[tuple[str, list[Any]]]:
+    """What is not measured yet, a process's work at a time; intervals take turns in one."""
+    for name in series:
+        missing = [value for value in SERIES[name] if key_of(name, value) not in done]
+        if missing and name == "interval":
+            yield name, SERIES[name]
+        elif missing:
+            yield from ((name, [value]) for value in missing)
+
+
+def _in_a_process(series: str, values: list[Any], options: argparse.Namespace) -> list[Any]:
+    command = [sys.executable, "-m", "benchmarks.growth", "--child", json.dumps([series, values])]
     command += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
-    child = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True)
+    environment = {**os.environ, **ENVIRONMENT}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
     if child.returncode:
-        raise RuntimeError(f"{series}={value} failed: {child.stderr.strip()[-2000:]}")
-    surroundings = {"commit": record.commit(), "threads": options.threads}
+        raise RuntimeError(f"{series} {values} failed: {child.stderr.strip()[-2000:]}")
     found = json.loads(child.stdout.splitlines()[-1])
-    return {"series": series, "value": value, **surroundings, **found}
+    how = {"commit": record.commit(), "threads": options.threads}
+    return [
+        {"series": series, "value": value, **how, **point}
+        for value, point in zip(values, found, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _curves(
 ) -> Iterator[str]:
     is_log = series != "interval"
     scale = 1e-6 if quantity == "bytes" else 1.0
-    for name in rows[0][quantity] if rows else ():
+    for name in rows[0][quantity] if len(rows) > 1 else ():
         points = sorted((_place(series, row), row[quantity][name] * scale) for row in rows)
         x, y = (np.array(values) for values in zip(*points, strict=True))
         slope, fitted, r_squared = fit(x, y, logarithmic=is_log)
@@ -65,7 +65,8 @@ def _curves(
     else:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.35)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    axes.legend(fontsize=8, loc="upper left", frameon=False)
+    if axes.lines:
+        axes.legend(fontsize=8, loc="upper left", frameon=False)
 
 
 def _place(series: str, row: Mapping[str, Any]) -> float:

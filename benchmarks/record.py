@@ -58,7 +58,7 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         head = _git(here, "rev-parse", "--short=12", "HEAD")
-        # The file of results itself changes while it is made.
+        # The files of results themselves change while they are made.
         changed = _git(
             here, "status", "--porcelain", "--untracked-files=no", ":/", ":!results.json"
         )

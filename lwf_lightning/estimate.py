@@ -18,7 +18,8 @@ from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
 from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.data.passes import pass_cost
 from lwf_lightning.data.sampler import batch_indices
-from lwf_lightning.memory import ModelSize, Pass, Phase, Plan, Precision, Prompts, passes_of, phases
+from lwf_lightning.memory import Phase, phases
+from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts, passes_of
 from lwf_lightning.models import load_config
 
 if TYPE_CHECKING:

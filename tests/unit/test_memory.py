@@ -5,20 +5,15 @@ from dataclasses import replace
 import pytest
 
 from lwf_lightning.memory import (
-    ModelSize,
-    Pass,
-    Plan,
-    Precision,
-    Prompts,
     block_activations,
     head,
     head_backward,
     highest,
-    passes_of,
     phases,
     resident,
     step,
 )
+from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts, passes_of
 
 SIZE = ModelSize(
     layers=2,
@@ -100,7 +95,7 @@ def test_what_forgetting_adds_by_hand():
 
 def test_plain_training_has_no_phase_of_forgetting():
     names = [phase.name for phase in phases(SIZE, VANILLA)]
-    assert names == ["load", "validation", "learning step"]
+    assert names == ["load", "validation", "learning step", "checkpoint"]
 
 
 @pytest.mark.parametrize("name", ["texts", "width", "columns", "labelled"])

@@ -1,0 +1,191 @@
+"""What the memory of a run depends on: the model's size, the passes, the plan. Numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lwf_lightning.data.passes import group_by_length
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the memory of a causal LM depends on.
+
+    Attributes:
+        layers: Blocks.
+        hidden: Width of the residual stream.
+        intermediate: Width of the MLP.
+        heads: Attention heads.
+        key_value_heads: Heads of keys and values.
+        vocabulary: Rows of the head.
+        parameters: All weights, tied ones once.
+        trainable: Those that train: all of them, or an adapter.
+        block: Weights of the largest block.
+        block_trainable: Those of them that train.
+        largest: Elements of the largest tensor that trains.
+        head_size: Width of a head; 0 takes ``hidden / heads``.
+        tied: Whether the head is the embedding.
+        trains_norms: Whether norms train, which keeps their output.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    parameters: int
+    trainable: int
+    block: int
+    block_trainable: int
+    largest: int
+    head_size: int = 0
+    tied: bool = False
+    trains_norms: bool = True
+
+    @property
+    def attention(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * (self.head_size or self.hidden // self.heads)
+
+    @property
+    def key_value(self) -> int:
+        """Width of all key heads together."""
+        return self.attention // self.heads * self.key_value_heads
+
+    @property
+    def root(self) -> int:
+        """Weights outside the blocks: embedding, last norm, head."""
+        return self.parameters - self.layers * self.block
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter trains and the rest is frozen."""
+        return self.trainable < self.parameters
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per element.
+
+    Attributes:
+        weights: Of the weights, as the run holds them.
+        trained: Of the weights that train: float32 in an adapter unless all is cast.
+        compute: Of activations in matrix products.
+        loaded: Of the weights as ``dtype`` loads them, before the trainer casts them.
+        mixed: Whether products run under autocast, which keeps cast copies.
+    """
+
+    weights: int = 4
+    trained: int = 4
+    compute: int = 4
+    loaded: int = 4
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass.
+
+    Attributes:
+        texts: Texts in it.
+        width: Tokens of the longest, to which all are padded.
+        columns: Positions at which some text has a label: where the head runs.
+        labelled: Labelled tokens of all texts.
+        padded: Whether there is padding, which takes an attention mask and repeated keys.
+    """
+
+    texts: int
+    width: int
+    columns: int
+    labelled: int
+    padded: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.texts * self.width
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts to be answered.
+
+    Attributes:
+        texts: Prompts.
+        tokens: Tokens of the longest, to which all are padded.
+        answer: Tokens of an answer.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    answer: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, as far as its memory depends on it; passes are the largest of their kind.
+
+    Attributes:
+        learning: Passes of a learning step.
+        evaluation: Passes of an evaluation batch.
+        unlearns: Whether the run unlearns: a base copy, and moments of its own.
+        anchor: Where theta*_L comes from; None without a FisherCallback.
+        unlearning: Passes of an unlearning step.
+        probe: Passes of a step of the probe.
+        fisher: Passes of the Fisher estimate.
+        scoring: Passes of scoring.
+        elicitation: The largest batch of self-generation.
+        evaluation_prompts: The largest batch of prompts that evaluation answers.
+        accumulates: Whether a learning step has several passes.
+        checkpointing: Whether activations are recomputed.
+        ranks: Processes among which FSDP2 shards everything.
+        device: ``cpu`` or ``cuda``.
+        precision: Bytes per element.
+    """
+
+    learning: Sequence[Pass]
+    evaluation: Sequence[Pass] = ()
+    unlearns: bool = False
+    anchor: Literal["probe", "online"] | None = None
+    unlearning: Sequence[Pass] = ()
+    probe: Sequence[Pass] = ()
+    fisher: Sequence[Pass] = ()
+    scoring: Sequence[Pass] = ()
+    elicitation: Prompts = Prompts()
+    evaluation_prompts: Prompts = Prompts()
+    accumulates: bool = False
+    checkpointing: bool = False
+    ranks: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Precision = field(default_factory=Precision)
+
+
+def passes_of(
+    texts: Sequence[tuple[int, int]], cost: int, max_tokens: int | None = None
+) -> list[Pass]:
+    """The passes of a batch.
+
+    Args:
+        texts: Tokens of each text, and how many at its end are labelled.
+        cost: See :func:`lwf_lightning.data.passes.pass_cost`; 0 puts all texts in one pass.
+        max_tokens: See :func:`lwf_lightning.data.passes.group_by_length`.
+
+    Example:
+        >>> passes_of([(10, 4), (8, 1)], cost=100)
+        [Pass(texts=2, width=10, columns=4, labelled=5, padded=True)]
+    """
+    lengths = [tokens for tokens, _ in texts]
+    groups = group_by_length(lengths, cost, max_tokens) if cost else [list(range(len(texts)))]
+    found = []
+    for group in groups:
+        part = [texts[index] for index in group]
+        width = max(tokens for tokens, _ in part)
+        first = min(tokens - labelled for tokens, labelled in part)
+        columns = width - max(1, first)  # the first token is never predicted
+        labelled = sum(min(labels, tokens - 1) for tokens, labels in part)
+        padded = any(tokens < width for tokens, _ in part)
+        found.append(Pass(len(part), width, max(columns, 0), labelled, padded))
+    return found
