@@ -116,6 +116,15 @@ class SignalConnector(_SignalConnector):
 class CheckpointConnector(_CheckpointConnector):
     """Lightning's choice of a checkpoint, in which ``last`` means the newest run of this kind."""
 
+    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        """Loads tensors and primitives only, whatever the strategy."""
+        if weights_only is False:
+            raise ValueError(
+                f"weights_only=False would run whatever code is in {checkpoint_path}: leave it "
+                "out; checkpoints of this package need none"
+            )
+        super().resume_start(checkpoint_path, weights_only=True)
+
     def _select_ckpt_path(
         self,
         state_fn: TrainerFn,

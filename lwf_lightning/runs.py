@@ -104,8 +104,10 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint is whole; a damaged one is named in a warning."""
     try:
-        if checkpoint.is_file():  # a sharded one is a folder, which its strategy reads
-            check_whole(checkpoint)
+        file = _state_file(checkpoint)
+        if not file.is_file():
+            raise DamagedFileError(f"{checkpoint} is not whole: {file.name} is missing")
+        check_whole(file)
     except DamagedFileError as error:
         rank_zero_warn(f"{error}: an earlier one is looked for")
         return False
@@ -117,10 +119,14 @@ def run_state(checkpoint: Path) -> dict[str, Any]:
 
     Empty for a checkpoint that was saved without it.
     """
-    if checkpoint.is_dir():
-        checkpoint = checkpoint / "meta.pt"  # what Lightning keeps beside the shards
-    content = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")
+    file = _state_file(checkpoint)
+    content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     return dict(content.get("run", {}))
+
+
+def _state_file(checkpoint: Path) -> Path:
+    """The file with all but the shards; of a sharded checkpoint, Lightning writes it last."""
+    return checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
 
 
 def _newest_first(root: Path) -> Iterator[Path]:

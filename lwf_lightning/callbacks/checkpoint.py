@@ -32,7 +32,7 @@ class StepCheckpoint(Checkpoint):
         ValueError: If a number is below 1.
     """
 
-    def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
+    def __init__(self, every_n_steps: int = 50, keep: int = 2) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"StepCheckpoint's {name} must be at least 1, got {value}")

@@ -18,6 +18,7 @@ from lwf_lightning.callbacks import StepCheckpoint
 from lwf_lightning.checkpoint_io import _SummedFile
 from lwf_lightning.errors import DamagedFileError, DiskFullError
 from lwf_lightning.forgetting.weights import copy_weights
+from lwf_lightning.runs import last_whole_checkpoint, run_state
 
 Make = Callable[..., Any]
 
@@ -86,6 +87,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(cut: bool, fi
         fit("last")
     with pytest.raises(DamagedFileError, match=rf"{last.name} is damaged"):
         fit(str(last))
+
+
+def test_a_sharded_checkpoint_is_whole_once_its_last_file_is(fit: Make, tmp_path: Path) -> None:
+    trainer, _, _ = fit()
+    before, last = saved(trainer)
+    content = last.read_bytes()
+    last.unlink()
+    last.mkdir()
+    (last / "__0_0.distcp").write_bytes(b"a shard")
+    run = Path(str(trainer.log_dir))
+    with pytest.warns(UserWarning, match=rf"{last.name} is not whole: meta.pt is missing"):
+        assert last_whole_checkpoint(run) == before
+    (last / "meta.pt").write_bytes(content)
+    assert last_whole_checkpoint(run) == last
+    assert run_state(last)["step"] == 6
 
 
 def test_a_run_that_has_finished_has_nothing_left_to_do(
