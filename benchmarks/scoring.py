@@ -1,136 +1,219 @@
-"""Scoring and Fisher beside a plain forward and backward pass over the same texts.
+"""Scoring and Fisher beside a plain pass over the same texts, and beside what others would use.
 
-    python -m benchmarks.scoring --tokens 64 256 --threads 1
+    python -m benchmarks.scoring              # all sizes
+    python -m benchmarks.scoring --tokens 64  # one length of text
 
-The ways take turns (A B C D, A B C D, ...), and each figure is a median over the rounds, so that a
-busy machine slows all of them alike. CPU time counts all threads and hardly feels other programs.
+Times are ratios of medians over interleaved rounds. Memory is the peak of a process of its own
+beyond what model, Fisher, anchor and texts already take.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lwf_lightning.data.batch import Batch
-from lwf_lightning.forgetting.confidence import forgetting_confidence
-from lwf_lightning.forgetting.fisher import diagonal_fisher
-from lwf_lightning.losses import per_text_loss
+from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
+from benchmarks.scoring_ways import (
+    FISHER,
+    OPACUS,
+    PLAIN,
+    SCORING,
+    TEXT_BY_TEXT,
+    VMAP,
+    make_batch,
+    make_model,
+    make_ways,
+)
+from lwf_lightning.data.batch import Batch, batches_of
+from lwf_lightning.data.encode import encode_examples
+from lwf_lightning.data.rows import DataError
+from lwf_lightning.models import load_model, load_tokenizer
+from lwf_lightning.tasks import get_task, load_rows
 
-PLAIN = "plain forward + backward"
+TEXTS = 8  # of a batch
+NO_OPACUS = "opacus is not installed; it comes with the extra `bench`"
+AT_MOST, AT_LEAST = "at most", "at least"
+Better = Literal["at most", "at least"]
+# (the faster or smaller way, the other, bar, which side of it is good) by tokens of a text; a
+# figure "at least" is the other way's time divided by the first one's.
+TIME_BARS: dict[int, list[tuple[str, str, float, Better]]] = {
+    16: [(SCORING, TEXT_BY_TEXT, 2.0, AT_LEAST)],
+    64: [
+        (SCORING, PLAIN, 1.30, AT_MOST),
+        (FISHER, PLAIN, 1.20, AT_MOST),
+        (SCORING, TEXT_BY_TEXT, 1.4, AT_LEAST),
+        (SCORING, VMAP, 1.6, AT_LEAST),
+        (SCORING, OPACUS, 1.6, AT_LEAST),
+    ],
+    256: [
+        (SCORING, PLAIN, 1.20, AT_MOST),
+        (FISHER, PLAIN, 1.20, AT_MOST),
+    ],
+}
+MEMORY_BARS: list[tuple[str, str, float]] = [
+    (SCORING, PLAIN, 1.2),
+    (SCORING, VMAP, 1 / 3),
+    (SCORING, OPACUS, 1 / 3),
+]
 
 
-def make_model(*, tied: bool) -> LlamaForCausalLM:
-    """A random Llama of 27 million parameters."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4096,
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            tie_word_embeddings=tied,
+def results(
+    *,
+    quick: bool = False,
+    tokens: Sequence[int] = tuple(TIME_BARS),
+    rounds: int = 7,
+    batches: int = 3,
+) -> Iterator[Result | Skipped]:
+    """Every comparison; ``quick`` runs them once on a tiny model."""
+    if quick:
+        rounds, batches = 1, 1
+    for length in tokens:
+        model = make_model(tiny=quick)
+        texts = [make_batch(TEXTS, length) for _ in range(batches)]
+        yield from _times(make_ways(model, texts), TIME_BARS[length], f"{length} tokens", rounds)
+    if not quick:
+        yield from _smollm2(rounds, batches)
+    yield from _memory(tiny=quick)
+
+
+def _times(
+    ways: Mapping[str, Callable[[], object]],
+    bars: Sequence[tuple[str, str, float, Better]],
+    size: str,
+    rounds: int,
+) -> Iterator[Result | Skipped]:
+    wanted = dict.fromkeys(name for first, second, *_ in bars for name in (first, second))
+    seconds = take_turns({name: ways[name] for name in wanted if name in ways}, rounds=rounds)
+    for first, second, bar, better in bars:
+        work = f"{first}, {size}"
+        if second not in seconds:
+            yield Skipped(work, second, NO_OPACUS)
+            continue
+        pair = (first, second) if better == AT_MOST else (second, first)
+        yield Result(
+            work=f"time of {work}" if better == AT_MOST else f"speed of {work}",
+            compared_with=second,
+            figure=ratio_of_medians(*(seconds[name] for name in pair)),
+            bar=bar,
+            better=better,
+            details={
+                "median seconds": {name: median(seconds[name]) for name in (first, second)},
+                "seconds": {name: seconds[name] for name in (first, second)},
+                "texts of a batch": TEXTS,
+            },
         )
+
+
+def _smollm2(rounds: int, batches: int) -> Iterator[Result | Skipped]:
+    name = f"{SCORING}, SmolLM2-135M, qasc"
+    try:
+        texts, model = qasc_batches(batches), load_model("smollm2-135m").eval()
+    except (DataError, ValueError) as error:
+        yield Skipped(name, PLAIN, str(error))
+        return
+    bars: list[tuple[str, str, float, Better]] = [
+        (SCORING, PLAIN, 1.25, AT_MOST),
+        (FISHER, PLAIN, 1.20, AT_MOST),
+    ]
+    lengths = " + ".join(str(batch["labels"].shape[1]) for batch in texts)
+    size = f"SmolLM2-135M, qasc ({lengths} tokens)"
+    yield from _times(make_ways(model, texts), bars, size, max(3, rounds - 2))
+
+
+def qasc_batches(batches: int) -> list[Batch]:
+    """Real texts: the first of the task qasc, with SmolLM2's tokens."""
+    default = Path(__file__).parents[1] / "shared" / "data"
+    task = get_task("qasc")
+    rows = load_rows(task, "train", data_dir=os.environ.get("LWF_DATA_DIR", default))
+    tokenizer = load_tokenizer("smollm2-135m")
+    texts, _ = encode_examples(tokenizer, task.examples(rows[: TEXTS * batches]), 256)
+    return list(batches_of(texts, TEXTS, tokenizer.pad_token_id))
+
+
+def _memory(*, tiny: bool) -> Iterator[Result | Skipped]:
+    """Peaks of one batch, and of scoring four."""
+    peaks: dict[tuple[str, int], int] = {}
+
+    def peak(way: str, batches: int = 1) -> int:
+        if (way, batches) not in peaks:
+            peaks[way, batches] = _peak_of_a_process(way, batches, tiny=tiny)
+        return peaks[way, batches]
+
+    for first, second, bar in MEMORY_BARS:
+        if second == OPACUS and OPACUS not in make_ways(make_model(tiny=True), []):
+            yield Skipped(f"extra memory of {first}", second, NO_OPACUS)
+            continue
+        mine, other = peak(first), peak(second)
+        yield Result(
+            work=f"extra memory of {first}, 64 tokens",
+            compared_with=second,
+            figure=mine / other,
+            bar=bar,
+            details={"bytes": {first: mine, second: other}},
+        )
+    one, four = peak(SCORING), peak(SCORING, 4)
+    yield Result(
+        work=f"extra memory of {SCORING}, four batches",
+        compared_with="one batch",
+        figure=four / one,
+        bar=1.05,
+        details={"bytes": {"four": four, "one": one}},
     )
 
 
-def make_batch(texts: int, tokens: int) -> Batch:
-    """Random texts of which the second half is labelled."""
-    token_ids = torch.randint(3, 4096, (texts, tokens))
-    labels = token_ids.clone()
-    labels[:, : tokens // 2] = -100
-    return {
-        "input_ids": token_ids,
-        "attention_mask": torch.ones_like(token_ids),
-        "labels": labels,
-    }
+def _peak_of_a_process(way: str, batches: int, *, tiny: bool) -> int:
+    command = [sys.executable, "-m", "benchmarks.scoring", "--peak-of", way]
+    command += ["--batches", str(batches), *(["--tiny"] if tiny else [])]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
 
 
-def ways(model: nn.Module, batches: list[Batch]) -> dict[str, Callable[[], object]]:
-    """What is compared; each goes once over the same texts."""
-    fisher = {name: torch.rand_like(p) for name, p in model.named_parameters()}
-    anchor = {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
-    rows = [
-        {key: value[i : i + 1] for key, value in batch.items()}
-        for batch in batches
-        for i in range(batch["input_ids"].shape[0])
-    ]
-
-    def plain() -> None:
-        for batch in batches:
-            model.zero_grad(set_to_none=True)
-            per_text_loss(model, batch).mean().backward()
-
-    def text_by_text() -> None:
-        for row in rows:
-            model.zero_grad(set_to_none=True)
-            per_text_loss(model, row).mean().backward()
-            for name, parameter in model.named_parameters():
-                scaled = fisher[name] * parameter.grad
-                torch.dot(scaled.flatten(), parameter.grad.flatten())
-                torch.dot(scaled.flatten(), (parameter.detach() - anchor[name]).flatten())
-
-    return {
-        PLAIN: plain,
-        "forgetting_confidence": lambda: forgetting_confidence(
-            model, batches, fisher=fisher, anchor=anchor
-        ),
-        "diagonal_fisher": lambda: diagonal_fisher(model, batches),
-        "text by text, backward()": text_by_text,
-    }
-
-
-def measure(todo: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median wall-clock and CPU seconds of each way over interleaved rounds."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in todo}
-    for run in todo.values():
-        run()  # warms up caches and allocators
-    for _ in range(rounds):
-        for name, run in todo.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        name: (median(wall for wall, _ in runs), median(cpu for _, cpu in runs))
-        for name, runs in seconds.items()
-    }
+def _peak(way: str, batches: int, *, tiny: bool) -> int:
+    """Bytes that one run of a way takes at its peak beyond what lies in memory before it."""
+    for run in make_ways(make_model(tiny=True), [make_batch(2, 8)]).values():
+        run()  # loads libraries and their buffers
+    ways = make_ways(make_model(tiny=tiny), [make_batch(TEXTS, 64) for _ in range(batches)])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize()
+    ways[way]()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def main() -> None:
-    """Prints one table."""
-    parser = argparse.ArgumentParser(description="Scoring and Fisher beside a plain pass.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=2, help="batches in one run")
-    parser.add_argument("--rounds", type=int, default=9)
+    """Prints one line per result as it comes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", choices=TIME_BARS, default=[*TIME_BARS])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=3, help="batches in one run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tied", action="store_true", help="tie the embeddings")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    model = make_model(tied=arguments.tied)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{parameters / 1e6:.1f} M parameters, float32, {arguments.batches} x {arguments.texts} "
-        f"texts, {arguments.threads} threads, torch {torch.__version__}, "
-        f"median of {arguments.rounds} rounds"
-    )
-    print(f"\n{'tokens':>6}  {'way':<26}{'wall s':>8}{'ratio':>7}{'CPU s':>8}{'ratio':>7}")
-    for tokens in arguments.tokens:
-        batches = [make_batch(arguments.texts, tokens) for _ in range(arguments.batches)]
-        found = measure(ways(model, batches), arguments.rounds)
-        plain_wall, plain_cpu = found[PLAIN]
-        for name, (wall, cpu) in found.items():
-            print(
-                f"{tokens:>6}  {name:<26}{wall:>8.3f}{wall / plain_wall:>7.2f}"
-                f"{cpu:>8.3f}{cpu / plain_cpu:>7.2f}"
-            )
+    parser.add_argument("--peak-of", metavar="WAY", help="print the extra memory of one way")
+    parser.add_argument("--tiny", action="store_true", help="with --peak-of: a tiny model")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak_of:
+        print(_peak(options.peak_of, options.batches, tiny=options.tiny))
+        return
+    found = results(tokens=options.tokens, rounds=options.rounds, batches=options.batches)
+    for line in (result.as_json() for result in found):
+        print(_as_text(line), flush=True)
+
+
+def _as_text(line: Mapping[str, Any]) -> str:
+    compared = f"{line['work']}, compared with {line['compared_with']}"
+    if "skipped" in line:
+        return f"{compared}: skipped, {line['skipped']}"
+    verdict = "met" if line["met"] else "missed"
+    return f"{compared}: {line['figure']:.2f} ({line['better']} {line['bar']:.2f}: {verdict})"
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def diagonal_fisher(
     )
     for name, total in sums.items():
         total /= texts
-        if not bool(torch.isfinite(total).all()):
+        if not bool(torch.isfinite(total.amax())):  # no square is below 0
             raise ValueError(f"the Fisher information of {name} is not finite")
     return sums
 

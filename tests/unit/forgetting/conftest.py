@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,40 @@ def _shaken(model: nn.Module) -> nn.Module:
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+class Wrapped(nn.Module):
+    """A language model with something around or inside it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+class ScaledLogits(Wrapped):
+    """A parameter that no module of a known kind owns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.scale = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        output.logits = output.logits * self.scale
+        return output
+
+
+class UsedOutside(Wrapped):
+    """A linear layer's weight that is also used behind its back."""
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        weight = self.model.model.layers[0].self_attn.q_proj.weight
+        output.logits = output.logits * (1 + weight.mean())
+        return output
 
 
 @pytest.fixture

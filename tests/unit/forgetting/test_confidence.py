@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lwf_lightning.data.batch import batches_of
 from lwf_lightning.forgetting import gradients
@@ -92,6 +92,30 @@ def test_both_terms_equal_the_loop_at_any_batch_and_block_size(
             atol=1e-5 * alignment.abs().max().item(),
         )
         torch.testing.assert_close(scores.sensitivity.double(), sensitivity, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_sums_over_millions_of_weights_stay_exact(texts: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2048, 1024, bias=False)
+    batch = {"features": torch.rand(texts, 2, 2048), "weights": torch.rand(texts, 2, 1024)}
+    fisher, anchor = torch.rand(1024, 2048), model.weight.detach() - torch.rand(1024, 2048)
+
+    scores = forgetting_confidence(
+        model,
+        [batch],
+        fisher={"weight": fisher},
+        anchor={"weight": anchor},
+        text_loss=lambda m, b: (m(b["features"]) * b["weights"]).sum(dim=(1, 2)),
+    )
+
+    gradients = batch["weights"].double().mT @ batch["features"].double()
+    difference = model.weight.detach().double() - anchor.double()
+    for found, expected in [
+        (scores.alignment, (fisher * difference * gradients).sum(dim=(1, 2))),
+        (scores.sensitivity, (fisher * gradients**2).sum(dim=(1, 2))),
+    ]:
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_an_anchor_at_the_base_leaves_the_sensitivity(
