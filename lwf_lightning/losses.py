@@ -65,7 +65,8 @@ def labelled_tokens(model: nn.Module, batch: Batch) -> LabelledTokens:
 
     Args:
         model: Any ``transformers`` causal LM.
-        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens).
+        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens); perhaps
+            ``position_ids``.
 
     Raises:
         ValueError: If no position of the batch carries a label.
@@ -81,6 +82,8 @@ def labelled_tokens(model: nn.Module, batch: Batch) -> LabelledTokens:
         "attention_mask": batch["attention_mask"],
         "use_cache": False,
     }
+    if "position_ids" in batch:  # texts that share a prompt: columns are no positions
+        inputs["position_ids"] = batch["position_ids"]
     if _accepts_logits_to_keep(model):
         logits = model(**inputs, logits_to_keep=columns).logits
     else:

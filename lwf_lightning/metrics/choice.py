@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lwf_lightning.data.batch import Batch
+from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.data.passes import take_texts, texts_of_passes
 from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.metrics.shared_prompts import can_share_prompts, share_prompts, with_tree_mask
 
 
 @torch.no_grad()
 def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-likelihood of the labelled tokens of each text.
+
+    Neighbouring texts with the same prompt, as the choices of an example, go through the model as
+    one, where its attention allows that: the prompt is read once.
 
     Args:
         model: Any ``transformers`` causal LM, in eval mode for exact figures.
@@ -26,13 +30,19 @@ def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tens
     Raises:
         ValueError: If no position of the batch carries a label.
     """
-    groups = texts_of_passes(model, batch)
-    passes = [labelled_tokens(model, take_texts(batch, texts)) for texts in groups]
-    sums = torch.cat([-tokens.per_text(tokens.token_losses(), "sum") for tokens in passes])
-    counts = torch.cat([tokens.tokens_per_text() for tokens in passes])
-    order = torch.tensor([text for texts in groups for text in texts], device=sums.device)
-    place = order.argsort()
-    return sums[place], counts[place]
+    texts, width = batch["input_ids"].shape
+    shares = can_share_prompts(model, width)
+    rows = torch.arange(texts, device=batch["labels"].device)
+    whole = share_prompts(batch) if shares else {**batch, "text": rows[:, None].expand(-1, width)}
+    values, owners = [], []
+    for chosen in texts_of_passes(model, whole):
+        part = take_texts(whole, chosen)
+        values.append(
+            -labelled_tokens(model, with_tree_mask(part) if shares else part).token_losses()
+        )
+        owners.append(part["text"][:, 1:][part["labels"][:, 1:] != IGNORE_INDEX])
+    value, owner = torch.cat(values), torch.cat(owners)
+    return value.new_zeros(texts).index_add(0, owner, value), torch.bincount(owner, minlength=texts)
 
 
 def predicted_choices(

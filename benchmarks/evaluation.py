@@ -1,0 +1,79 @@
+"""Evaluation by choices with the prompt read once, beside one text per choice.
+
+    python -m benchmarks.evaluation --threads 2
+
+SmolLM2-135M scores the eight choices of qasc questions, 16 questions at a time. One text per choice
+is grouped by length too, so that all of the difference is the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.elicitation import DATA
+from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
+from lwf_lightning.data.evaluation import eval_items, eval_loader
+from lwf_lightning.metrics import choice, choice_log_likelihoods
+from lwf_lightning.models import load_model, load_tokenizer
+from lwf_lightning.tasks import get_task, load_rows
+
+WORK, PLAIN = "evaluation by choices, qasc", "one text per choice"
+
+
+def results(
+    *, questions: int = 32, rounds: int = 3, quick: bool = False
+) -> Iterator[Result | Skipped]:
+    """One line: the time of shared prompts as a part of the other's."""
+    if not (DATA / "qasc").is_dir():
+        yield Skipped(WORK, PLAIN, f"no data in {DATA}: set LWF_DATA_DIR")
+        return
+    try:
+        model, tokenizer = load_model("smollm2-135m").eval(), load_tokenizer("smollm2-135m")
+    except ValueError as error:
+        yield Skipped(WORK, PLAIN, str(error))
+        return
+    questions, rounds = (2, 1) if quick else (questions, rounds)
+    task = get_task("qasc")
+    examples = task.examples(list(load_rows(task, "validation", data_dir=DATA))[:questions])
+    items = eval_items(tokenizer, examples, "choice", 512)
+    loader = eval_loader(items, task="qasc", kind="choice", batch_size=16, pad_token_id=0)
+    batches = [batch.batch for batch in loader]
+    sums: dict[bool, torch.Tensor] = {}
+
+    def score(shares: bool) -> None:
+        with patch.object(choice, "can_share_prompts", lambda *_: shares):
+            sums[shares] = torch.cat([choice_log_likelihoods(model, b)[0] for b in batches])
+
+    ways = {"shared": partial(score, True), "plain": partial(score, False)}
+    seconds = take_turns(ways, rounds=rounds, warm_up=0 if quick else 1)
+    difference = (sums[True] - sums[False]).abs() / sums[False].abs()
+    details = {
+        "questions": questions,
+        "choices": len(sums[True]),
+        "largest_relative_difference": float(difference.max()),
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+    }
+    figure = ratio_of_medians(seconds["shared"], seconds["plain"])
+    yield Result(WORK, PLAIN, figure, bar=1.0, details=details)
+
+
+def main() -> None:
+    """Prints the line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for result in results(questions=options.questions, rounds=options.rounds):
+        print(result.as_json())
+
+
+if __name__ == "__main__":
+    main()
