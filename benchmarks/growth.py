@@ -3,9 +3,11 @@
     python -m benchmarks.growth              # what is not measured yet, then the picture
     python -m benchmarks.growth --plot       # the picture alone
 
-Every point is measured in a process of its own and appended to ``benchmarks/growth.jsonl``; a run
-that was cut off goes on with the next point. Remove the file to measure anew. The picture,
-``docs/figures/growth.png``, shows a line fitted to each curve: its slope and R squared.
+Seconds are CPU time of one thread, which other programs hardly disturb; each is a median of rounds
+that take turns. Every point is measured in a process of its own and appended to
+``benchmarks/growth.jsonl``; a run that was cut off goes on with the next point. Remove the file to
+measure anew. The picture, ``docs/figures/growth.png``, shows a line fitted to each curve: its slope
+and R squared.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def _measure_scoring(shape: str, texts: int, tokens: int, rounds: int) -> dict[s
         forget_peak()
         run()
         peaks[name] = resident()[0] - before
-    seconds = take_turns(ways, rounds=rounds, warm_up=0)
+    seconds = take_turns(ways, rounds=rounds, warm_up=0, clock=time.process_time)
     return {
         "size": sum(p.numel() for p in model.parameters()),
         "seconds": {name: median(times) for name, times in seconds.items()},
@@ -166,10 +168,10 @@ class _Clock(L.Callback):
 
     def on_train_start(self, *_: Any) -> None:
         forget_peak()
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_train_end(self, *_: Any) -> None:
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = time.process_time() - self.start
         self.peak = resident()[0]
 
 
@@ -222,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--points", type=Path, default=POINTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--limit", type=float, help="begin no point after so many seconds")

@@ -37,7 +37,7 @@ def draw(points: Iterable[Mapping[str, Any]], path: Path) -> Iterator[str]:
             axes = grid[line][column]
             axes.set_xlabel(label, fontsize=9)
             yield from _curves(axes, series, quantity, found)
-    grid[0][0].set_ylabel("seconds")
+    grid[0][0].set_ylabel("CPU seconds, one thread")
     grid[1][0].set_ylabel("peak memory, MB")
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png")

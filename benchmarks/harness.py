@@ -65,9 +65,13 @@ class Skipped:
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Wall-clock seconds of each way over interleaved rounds: A B C, A B C, ...
+    """Seconds of each way over interleaved rounds: A B C, A B C, ...
 
     A busy machine slows all ways of a round alike, so that the ratio of medians holds.
 
@@ -75,6 +79,7 @@ def take_turns(
         ways: What is timed, by name; each call does the same work again.
         rounds: Timed rounds.
         warm_up: Rounds before, not timed.
+        clock: Wall-clock time; ``time.process_time`` counts the seconds of all threads instead.
     """
     for _ in range(warm_up):
         for run in ways.values():
@@ -82,9 +87,9 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -28,6 +28,8 @@ class Phase:
 
     name: str
     parts: Parts
+    in_main_memory: bool = False
+    """Whether this is not the device's memory but the machine's."""
 
     @property
     def total(self) -> int:
@@ -39,7 +41,7 @@ def phases(size: ModelSize, plan: Plan) -> list[Phase]:
     """The highest point of each phase of a run, in the order of the run."""
     held = resident(size, plan)
     moments = {"moments of AdamW": 2 * size.trainable * plan.precision.trained // plan.ranks}
-    found = [Phase("load", loading(size, plan))]
+    found = [Phase("load", loading(size, plan), in_main_memory=plan.device != "cpu")]
     if plan.unlearns:
         found.append(Phase("elicit", held | generation(size, plan, plan.elicitation)))
     if plan.unlearns and plan.anchor == "probe":
@@ -79,8 +81,8 @@ def resident(size: ModelSize, plan: Plan) -> Parts:
 
 
 def loading(size: ModelSize, plan: Plan) -> Parts:
-    """The weights as they are loaded, and the base copy taken of them."""
-    parts = {"weights": size.parameters * plan.precision.loaded // plan.ranks}
+    """The weights as they are loaded, whole on every rank, and the base copy of the own shard."""
+    parts = {"weights": size.parameters * plan.precision.loaded}
     if plan.unlearns:
         parts["base copy"] = size.trainable * plan.precision.loaded // plan.ranks
     return parts
@@ -150,17 +152,17 @@ def generation(size: ModelSize, plan: Plan, prompts: Prompts) -> Parts:
 def estimate_fisher(size: ModelSize, plan: Plan) -> Parts:
     """One float32 per trained weight, and the engine's pass."""
     fisher = {"Fisher": FLOAT * size.trainable // plan.ranks}
-    return fisher | engine(size, plan, plan.fisher, per_block=FLOAT)
+    return fisher | engine(size, plan, plan.fisher, per_parameter=FLOAT)
 
 
 def scoring(size: ModelSize, plan: Plan) -> Parts:
     """Fisher and its product with the distance to the anchor, and the engine's pass."""
     each = FLOAT * size.trainable // plan.ranks
     parts = {"Fisher": each, "Fisher x distance": each}
-    return parts | engine(size, plan, plan.scoring, per_block=2 * FLOAT)
+    return parts | engine(size, plan, plan.scoring, per_parameter=2 * FLOAT)
 
 
-def engine(size: ModelSize, plan: Plan, passes: Iterable[Pass], *, per_block: int) -> Parts:
+def engine(size: ModelSize, plan: Plan, passes: Iterable[Pass], *, per_parameter: int) -> Parts:
     """A pass that forms the gradient of each text in blocks; none is kept."""
     best: Parts = {}
     tied_head = size.tied and not size.is_adapted
@@ -175,7 +177,7 @@ def engine(size: ModelSize, plan: Plan, passes: Iterable[Pass], *, per_block: in
             "logits": max(logits, later),
             "block of gradients": _ENGINE_BLOCK[plan.device] * FLOAT,
             **_cast_weights(size, plan),
-            **gathered_groups(size, plan, gradients=False, per_block=per_block),
+            **gathered_groups(size, plan, gradients=False, per_parameter=per_parameter),
         }
         best = max(best, parts, key=_sum)
     return best
@@ -230,14 +232,16 @@ def head_backward(size: ModelSize, plan: Plan, one: Pass) -> int:
     return max(3 * labelled * FLOAT, labelled * plan.precision.compute + columns)
 
 
-def gathered_groups(size: ModelSize, plan: Plan, *, gradients: bool, per_block: int = 0) -> Parts:
+def gathered_groups(
+    size: ModelSize, plan: Plan, *, gradients: bool, per_parameter: int = 0
+) -> Parts:
     """FSDP2: the block at work and the next one, and the root, are whole on every rank.
 
     Args:
         size: The model.
         plan: The run.
         gradients: Whether a backward pass follows, whose gradients are whole until they are shared.
-        per_block: Bytes per trained weight of a block that scoring and Fisher gather besides.
+        per_parameter: Bytes per element of the tensor that Fisher or scoring makes whole.
     """
     if plan.ranks == 1:
         return {}
@@ -246,7 +250,7 @@ def gathered_groups(size: ModelSize, plan: Plan, *, gradients: bool, per_block: 
     if gradients:
         root_trainable = size.trainable - size.layers * size.block_trainable
         whole += (size.block_trainable + root_trainable) * numbers.trained
-    whole += per_block * max(size.block_trainable, min(size.largest, size.trainable))
+    whole += per_parameter * size.largest
     return {"gathered layers": whole}
 
 
@@ -275,7 +279,8 @@ def _cast_weights(size: ModelSize, plan: Plan, *, keeps: bool = True) -> Parts:
 
 
 def highest(found: Iterable[Phase]) -> Phase:
-    """The phase that needs most."""
+    """The phase that needs most of the device's memory."""
+    found = [phase for phase in found if not phase.in_main_memory]
     return max(found, key=lambda phase: phase.total)
 
 

@@ -73,7 +73,8 @@ def table(estimate: Estimate) -> Table:
         text = ", ".join(
             f"{name} {size(count)}" for name, count in parts if count * 100 > phase.total
         )
-        result.add_row(phase.name, size(phase.total), text, style="bold" if phase is top else None)
+        name = f"{phase.name} (main memory)" if phase.in_main_memory else phase.name
+        result.add_row(name, size(phase.total), text, style="bold" if phase is top else None)
     return result
 
 

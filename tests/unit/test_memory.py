@@ -134,12 +134,22 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block():
 def test_fsdp_shards_everything_that_is_as_large_as_the_weights(ranks):
     sharded = {phase.name: phase.parts for phase in phases(SIZE, replace(LWF, ranks=ranks))}
     for phase in phases(SIZE, LWF):
+        if phase.name == "load":  # whole on every rank, before it is cut
+            assert sharded["load"]["weights"] == 40_000
+            continue
         for part in ("weights", "base copy", "moments of AdamW", "anchor", "Fisher"):
             if part in phase.parts:
                 assert sharded[phase.name][part] == phase.parts[part] // ranks
     root = 10_000 - 2 * 3_000
     assert sharded["elicit"]["gathered layers"] == 4 * (2 * 3_000 + root)
     assert sharded["learning step"]["gathered layers"] == 4 * (2 * 3_000 + root + 3_000 + root)
+
+
+def test_loading_is_not_what_a_gpu_has_to_hold():
+    load, *others = phases(replace(SIZE, parameters=10**12), replace(LWF, device="cuda"))
+    assert load.in_main_memory
+    assert not any(phase.in_main_memory for phase in others)
+    assert highest([load, *others]) is not load
 
 
 def test_half_precision_halves_weights_and_moments():
