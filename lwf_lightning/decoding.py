@@ -222,8 +222,9 @@ class _SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Adds one token to each used slot; returns what attention looks at."""
         slots, columns, width = self.step
-        self.keys[slots, :, columns] = key_states[:, :, 0]
-        self.values[slots, :, columns] = value_states[:, :, 0]
+        # Under autocast the types differ: a plain layer keeps values in the type of its keys.
+        self.keys[slots, :, columns] = key_states[:, :, 0].to(self.keys)
+        self.values[slots, :, columns] = value_states[:, :, 0].to(self.values)
         return self.keys[: len(slots), :, :width], self.values[: len(slots), :, :width]
 
     def get_seq_length(self) -> int:

@@ -178,6 +178,11 @@ def test_memory_is_bounded_in_tokens(
     assert decoded(llama, of, batch_size=8) == expected
 
 
+def test_autocast_may_give_keys_and_values_other_types(llama: Any) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoded(llama, prompts()) == [by_hand(llama, prompt) for prompt in prompts()]
+
+
 def test_leftover_memory_does_not_matter(llama: Any) -> None:
     expected = [by_hand(llama, prompt) for prompt in prompts()]
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
