@@ -69,7 +69,7 @@ def measure(series: str, values: list[Any], rounds: int) -> Iterator[dict[str, A
         yield _measure_scoring(
             shape={"texts": "1M", "tokens": "4M"}.get(series, value),
             texts=value if series == "texts" else 2 * BATCH if series == "tokens" else BATCH,
-            tokens=value if series == "tokens" else 64,
+            tokens=value if series == "tokens" else 32,
             rounds=rounds,
         )
 
@@ -223,7 +223,7 @@ def main() -> None:
     """Measures what is missing and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--points", type=Path, default=POINTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
