@@ -4,8 +4,8 @@
     python -m benchmarks.growth --plot       # the picture alone
 
 Seconds are CPU time of one thread, which other programs hardly disturb; each is a median of rounds
-that take turns. Every point is measured in a process of its own and appended to
-``benchmarks/growth.jsonl``; a run that was cut off goes on with the next point. Remove the file to
+that take turns. Every point is appended to ``benchmarks/growth.jsonl`` when it is finished; a run
+that was cut off goes on with the next point. Remove the file to
 measure anew. The picture, ``docs/figures/growth.png``, shows a line fitted to each curve: its slope
 and R squared.
 """
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +57,7 @@ SERIES: dict[str, list[Any]] = {
     "interval": [1, 2, 4, 8, 16, 32, None],
 }
 BATCH = 8
-LEARNING_STEPS = 64
+LEARNING_STEPS = 32
 
 
 def measure(series: str, values: list[Any], rounds: int) -> Iterator[dict[str, Any]]:
@@ -68,8 +68,8 @@ def measure(series: str, values: list[Any], rounds: int) -> Iterator[dict[str, A
     for value in values:
         yield _measure_scoring(
             shape={"texts": "1M", "tokens": "4M"}.get(series, value),
-            texts=value if series == "texts" else 2 * BATCH if series == "tokens" else BATCH,
-            tokens=value if series == "tokens" else 32,
+            texts=value if series == "texts" else BATCH,
+            tokens=value if series == "tokens" else 16,
             rounds=rounds,
         )
 
@@ -227,50 +227,44 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--points", type=Path, default=POINTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--limit", type=float, help="begin no point after so many seconds")
     parser.add_argument("--plot", action="store_true", help="draw what there is")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         torch.set_num_threads(options.threads)
-        print(json.dumps(list(measure(*json.loads(options.child), options.rounds))))
+        for point in measure(*json.loads(options.child), options.rounds):
+            print(json.dumps(point), flush=True)
         return
-    done, start = read_points(options.points), time.monotonic()
-    for series, values in tqdm([] if options.plot else list(_parts(options.series, done))):
-        if options.limit and time.monotonic() - start > options.limit:
-            break
-        points = _in_a_process(series, values, options)
-        with options.points.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(point) + "\n" for point in points)
+    done = read_points(options.points)
+    for series in [] if options.plot else options.series:
+        missing = [value for value in SERIES[series] if key_of(series, value) not in done]
+        if missing and series == "interval":
+            missing = SERIES[series]  # they take turns
+        for point in tqdm(_in_a_process(series, missing, options), series, len(missing)):
+            with options.points.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(point) + "\n")
     from benchmarks.growth_picture import draw
 
     for line in draw(read_points(options.points).values(), options.picture):
         print(line)
 
 
-def _parts(series: list[str], done: Container[str]) -> Iterator[tuple[str, list[Any]]]:
-    """What is not measured yet, a process's work at a time; intervals take turns in one."""
-    for name in series:
-        missing = [value for value in SERIES[name] if key_of(name, value) not in done]
-        if missing and name == "interval":
-            yield name, SERIES[name]
-        elif missing:
-            yield from ((name, [value]) for value in missing)
-
-
-def _in_a_process(series: str, values: list[Any], options: argparse.Namespace) -> list[Any]:
+def _in_a_process(
+    series: str, values: list[Any], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yields points as a process of their own finishes them."""
+    if not values:
+        return
     command = [sys.executable, "-m", "benchmarks.growth", "--child", json.dumps([series, values])]
     command += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
     environment = {**os.environ, **ENVIRONMENT}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(f"{series} {values} failed: {child.stderr.strip()[-2000:]}")
-    found = json.loads(child.stdout.splitlines()[-1])
     how = {"commit": record.commit(), "threads": options.threads}
-    return [
-        {"series": series, "value": value, **how, **point}
-        for value, point in zip(values, found, strict=True)
-    ]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        lines = (line for line in child.stdout or () if line.startswith("{"))
+        for value, line in zip(values, lines, strict=False):
+            yield {"series": series, "value": value, **how, **json.loads(line)}
+    if child.returncode:
+        raise RuntimeError(f"the measurement of {series} failed: its error stands above")
 
 
 if __name__ == "__main__":

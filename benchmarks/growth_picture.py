@@ -19,9 +19,9 @@ COLOURS = {
     "learning step": "#009e73",
 }
 AXES = {
-    "texts": "texts (of 32 tokens, 1 M parameters)",
-    "tokens": "tokens per text (16 texts, 4 M parameters)",
-    "parameters": "parameters (8 texts of 32 tokens)",
+    "texts": "texts (of 16 tokens, 1 M parameters)",
+    "tokens": "tokens per text (8 texts, 4 M parameters)",
+    "parameters": "parameters (8 texts of 16 tokens)",
     "interval": "unlearning steps per learning step",
 }
 

@@ -20,6 +20,7 @@ from lwf_lightning.data.passes import pass_cost
 from lwf_lightning.data.sampler import batch_indices
 from lwf_lightning.memory import Phase, phases
 from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts, passes_of
+from lwf_lightning.metrics.shared_prompts import can_share_prompts, share_prompts
 from lwf_lightning.models import load_config
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _plan(
         "device": device,
         "precision": precision_of(module.hparams["dtype"], str(trainer.precision), model),
     }
-    options |= _evaluation(data, cost)
+    options |= _evaluation(data, model, cost)
     if module.schedule.unlearns:
         options |= _forgetting(trainer, data, texts, cost)
     return Plan(**options)
@@ -206,18 +207,22 @@ def _forgetting(
     return found
 
 
-def _evaluation(data: LWFDataModule, cost: int) -> dict[str, Any]:
+def _evaluation(data: LWFDataModule, model: nn.Module, cost: int) -> dict[str, Any]:
     """Passes of choices to score, and the prompts to answer."""
     passes: list[list[Pass]] = []
     prompts = [Prompts(0, 0, 0)]
     for loader in data.val_dataloader():
         for batch in itertools.islice(loader, _BATCHES_LOOKED_AT):
-            labels = (batch.batch["labels"] != IGNORE_INDEX).sum(dim=1).tolist()
-            lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
+            shares = batch.kind == "choice" and can_share_prompts(
+                model, batch.batch["input_ids"].shape[1]
+            )
+            rows = share_prompts(batch.batch) if shares else batch.batch
+            labels = (rows["labels"] != IGNORE_INDEX).sum(dim=1).tolist()
+            lengths = rows["attention_mask"].sum(dim=1).tolist()
             if batch.kind == "choice":
                 passes.append(passes_of(list(zip(lengths, labels, strict=True)), cost))
             else:
-                prompts.append(Prompts(len(lengths), max(lengths), data.max_new_tokens))
+                prompts.append(Prompts(len(batch), max(lengths), data.max_new_tokens))
     longest = max(prompts, key=lambda p: p.texts * (p.tokens + p.answer))
     return {"evaluation": _distinct(passes), "evaluation_prompts": longest}
 
