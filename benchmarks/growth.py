@@ -5,9 +5,8 @@
 
 Seconds are CPU time of one thread, which other programs hardly disturb; each is a median of rounds
 that take turns. Every point is appended to ``benchmarks/growth.jsonl`` when it is finished; a run
-that was cut off goes on with the next point. Remove the file to
-measure anew. The picture, ``docs/figures/growth.png``, shows a line fitted to each curve: its slope
-and R squared.
+that was cut off goes on with the next point. Remove the file to measure anew. The picture,
+``docs/figures/growth.png``, shows a line fitted to each curve: its slope and R squared.
 """
 
 from __future__ import annotations
