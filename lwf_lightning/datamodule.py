@@ -12,11 +12,12 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from lwf_lightning.data.arguments import check_arguments
-from lwf_lightning.data.batch import Batch, EncodedText, collate
+from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
 from lwf_lightning.data.evaluation import EvalItem, Evaluation, eval_items, eval_loader
 from lwf_lightning.data.rows import Row, Split
-from lwf_lightning.data.sampler import ResumableLoader, batch_indices, seeded_sample
+from lwf_lightning.data.sampler import ResumableLoader, filled_indices, seeded_sample
 from lwf_lightning.data.training import learning_texts, pooled_prompts
+from lwf_lightning.distributed import ranks_of
 from lwf_lightning.files import cache_root
 from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
 from lwf_lightning.tasks import (
@@ -236,6 +237,7 @@ class LWFDataModule(L.LightningDataModule):
             max_prompt_tokens=self.max_length,
             chat_template=self.chat_template,
             cache_dir=self.cache_dir or cache_root() / "self_knowledge",
+            ranks=ranks_of(self.trainer),
         )
         if not knowledge.texts:
             raise ValueError(
@@ -276,20 +278,23 @@ class LWFDataModule(L.LightningDataModule):
             unlearning_step: Unlearning steps taken before this one.
 
         Returns:
-            A batch of at most ``forget_batch_size`` texts of the forget set; None when nothing is
-            selected.
+            This rank's batch of at most ``forget_batch_size`` texts of the forget set, filled up
+            to the size of the others'; None when nothing is selected.
         """
         if not self.forget_set or self.self_knowledge is None:
             return None
-        chosen = batch_indices(
+        ranks = ranks_of(self.trainer)
+        chosen = filled_indices(
             len(self.forget_set),
             self.forget_batch_size,
             self.seed + 1,  # another order than that of the learning texts
             unlearning_step,
-            *self._rank_and_world_size(),
+            ranks.rank,
+            ranks.world_size,
         )
-        texts = [self.self_knowledge.texts[self.forget_set[index]] for index in chosen]
-        return collate([text.encoded() for text in texts], self.pad_token_id)
+        texts = [self.self_knowledge.texts[index].encoded() for index in self.forget_set]
+        texts.append(filler(texts[0]))
+        return collate([texts[index] for index in chosen], self.pad_token_id)
 
     @property
     def pad_token_id(self) -> int:
@@ -302,14 +307,14 @@ class LWFDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the learning task, one per learning step, in an order set by the seed."""
-        rank, world_size = self._rank_and_world_size()
+        ranks = ranks_of(self.trainer)
         self._loader = ResumableLoader(
             self.learning_encoded,
             self.batch_size,
             self.seed,
             partial(collate, pad_token_id=self.pad_token_id),
-            rank=rank,
-            world_size=world_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
             num_workers=self.num_workers,
         )
         if self._loader_state is not None:
@@ -352,6 +357,7 @@ class LWFDataModule(L.LightningDataModule):
             kind=kind,
             batch_size=self.eval_batch_size,
             pad_token_id=self.pad_token_id,
+            ranks=ranks_of(self.trainer),
         )
 
     def _eval_kind(self, name: str, wanted: Evaluation) -> Evaluation:
@@ -383,11 +389,6 @@ class LWFDataModule(L.LightningDataModule):
         if self.tokenizer is None:
             raise ValueError("the datamodule has no tokenizer yet: call setup, or set it")
         return self.tokenizer
-
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
 
 
 def _digest(knowledge: SelfKnowledge) -> str:

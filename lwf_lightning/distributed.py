@@ -24,9 +24,9 @@ _HIDES = {
 }
 
 
-def ranks_of(trainer: L.Trainer) -> Ranks:
-    """This process among those of the trainer."""
-    return Ranks(trainer.global_rank, trainer.world_size)
+def ranks_of(trainer: L.Trainer | None) -> Ranks:
+    """This process among those of the trainer; alone without one."""
+    return Ranks() if trainer is None else Ranks(trainer.global_rank, trainer.world_size)
 
 
 def fsdp2_lines(world_size: int) -> str:

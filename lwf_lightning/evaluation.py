@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lwf_lightning.data.evaluation import EvalBatch
+from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.report import write_jsonl
 from lwf_lightning.generation import generate_answers
 from lwf_lightning.metrics import (
@@ -23,6 +25,8 @@ from lwf_lightning.metrics import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class EvaluationMixin(L.LightningModule):
@@ -66,7 +70,7 @@ class EvaluationMixin(L.LightningModule):
         task = self._data.tasks[batch.task]
         answers = self._generate(batch)
         rows = []
-        for example, answer in zip(batch.examples, answers, strict=True):
+        for example, answer in _counted(batch, zip(batch.examples, answers, strict=True)):
             read = task.read_answer(answer)
             rows.append(
                 {
@@ -87,11 +91,12 @@ class EvaluationMixin(L.LightningModule):
     def on_predict_end(self) -> None:
         """Writes ``predictions.jsonl`` into the run folder."""
         folder = Path(str(self.trainer.log_dir))
-        write_jsonl(folder / "predictions.jsonl", self._predictions)
-        right = sum(row["correct"] for row in self._predictions)
-        rank_zero_info(
-            f"{right} of {len(self._predictions)} answers are right: {folder}/predictions.jsonl"
-        )
+        ranks = ranks_of(self.trainer)
+        rows = ranks.merge(self._predictions)
+        if ranks.is_first:
+            write_jsonl(folder / "predictions.jsonl", rows)
+        right = sum(row["correct"] for row in rows)
+        rank_zero_info(f"{right} of {len(rows)} answers are right: {folder}/predictions.jsonl")
 
     @property
     def _data(self) -> Any:
@@ -106,16 +111,16 @@ class EvaluationMixin(L.LightningModule):
         if batch.kind == "choice":
             predicted, sums, counts = self._predict_choices(batch)
             self._accuracies.setdefault(loader, ChoiceAccuracy().to(self.device))
-            self._accuracies[loader].update(predicted, batch.labels)
+            self._accuracies[loader].update(predicted[batch.counts], batch.labels[batch.counts])
             first = batch.choice_counts.cumsum(0) - batch.choice_counts
-            gold = first + batch.labels
+            gold = (first + batch.labels)[batch.counts]
             loss = torch.stack([-sums[gold].double().sum(), counts[gold].double().sum()])
             self._losses[loader] = self._losses.get(loader, 0) + loss
         else:
             task = self._data.tasks[batch.task]
             self._accuracies.setdefault(loader, ExactMatch().to(self.device))
-            answers = [task.read_answer(answer) for answer in self._generate(batch)]
-            references = [example.reference for example in batch.examples]
+            answers = [task.read_answer(a) for a in _counted(batch, self._generate(batch))]
+            references = [example.reference for example in _counted(batch, batch.examples)]
             self._accuracies[loader].update(answers, references)
 
     def _predict_choices(self, batch: EvalBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,5 +150,10 @@ class EvaluationMixin(L.LightningModule):
             if loader in self._accuracies:  # else Lightning's limits left its loader empty
                 self.log(name, self._accuracies[loader].compute(), prog_bar=loader == 0)
         if 0 in self._losses:
-            total, tokens = self._losses[0]
+            total, tokens = ranks_of(self.trainer).sum(self._losses[0])
             self.log(f"{stage}/loss", (total / tokens).float(), prog_bar=True)
+
+
+def _counted(batch: EvalBatch, values: Iterable[T]) -> list[T]:
+    """The values of those examples that count."""
+    return [value for value, counts in zip(values, batch.counts.tolist(), strict=True) if counts]

@@ -57,7 +57,7 @@ def _accepts_logits_to_keep(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def labelled_tokens(model: nn.Module, batch: Batch) -> LabelledTokens:
+def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False) -> LabelledTokens:
     """Runs the model and keeps the logits of the labelled positions.
 
     The head is evaluated only at positions that some text of the batch needs, where the
@@ -67,15 +67,17 @@ def labelled_tokens(model: nn.Module, batch: Batch) -> LabelledTokens:
         model: Any ``transformers`` causal LM.
         batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens); perhaps
             ``position_ids``.
+        allow_none: Whether a batch may be without any label, as the share of a rank that has no
+            text left: its sums are 0 and so are their gradients.
 
     Raises:
-        ValueError: If no position of the batch carries a label.
+        ValueError: If no position of the batch carries a label, unless that is allowed.
     """
     labels = batch["labels"]
     shifted = labels[:, 1:]  # position t is predicted from t - 1; the first token never is
     wanted = shifted != IGNORE_INDEX
     columns = wanted.any(dim=0).nonzero().squeeze(1)
-    if columns.numel() == 0:
+    if columns.numel() == 0 and not allow_none:
         raise ValueError("the batch has no labelled token: every label is -100, so it has no loss")
     inputs: dict[str, Any] = {
         "input_ids": batch["input_ids"],

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.data.passes import forward_passes
-from lwf_lightning.distributed import check_strategy, gradient_sync
+from lwf_lightning.distributed import check_strategy, gradient_sync, ranks_of
 from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.evaluation import EvaluationMixin
 from lwf_lightning.forgetting.elicit import SelfKnowledge
@@ -153,11 +153,6 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             return
         if self._trainer is not None:
             check_strategy(self.trainer)
-        if self._trainer is not None and self.trainer.world_size > 1:
-            raise ValueError(
-                f"trainer.devices asks for {self.trainer.world_size} processes; "
-                "LWFModule runs on one process so far: set trainer.devices to 1"
-            )
         self.model = load_model(  # type: ignore[assignment]  # PEFT's wrapper behaves as one
             self.hparams["model_name"],
             dtype=self.hparams["dtype"],
@@ -213,6 +208,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         for name, parameter in self.model.named_parameters():
             if name in self.base_weights:  # the strategy may have moved or cast the model since
                 self.base_weights[name] = self.base_weights[name].to(parameter)
+        ranks_of(self.trainer).copy_first(self.base_weights.values())
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         is_scored = any(getattr(callback, "chooses_forget_set", False) for callback in callbacks)
         if not is_scored and self.hparams["without_scores"] == "refuse":
@@ -246,14 +242,17 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
     def _learn(self, batch: Batch) -> None:
         optimizers = self.optimizers()
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
-        tokens = labelled_token_count(batch)
+        ranks = ranks_of(self.trainer)
+        tokens = ranks.sum(torch.tensor(labelled_token_count(batch), device=self.device))
         loss = torch.zeros((), device=self.device, dtype=torch.float32)
         passes = forward_passes(self.model, batch, self.hparams["tokens_per_pass"])
         for number, part in enumerate(passes, start=1):
             with gradient_sync(self.trainer, number == len(passes)):
-                part_loss = labelled_tokens(self.model, part).token_losses().sum() / tokens
-                self.manual_backward(part_loss)
+                part_tokens = labelled_tokens(self.model, part, allow_none=True)
+                part_loss = part_tokens.token_losses().sum() / tokens
+                self.manual_backward(part_loss * ranks.world_size)  # the ranks are averaged
             loss += part_loss.detach()
+        loss = ranks.sum(loss)
         norm = clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
         if self._is_finite(norm + loss, "learning"):
             rate = optimizer.param_groups[0]["lr"]
@@ -291,7 +290,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             "unlearning_steps": self.unlearning_steps,
             "unlearned_before": self._unlearned_before,
             "skipped_steps": self.skipped_steps,
-            "random_state": random_state(self.device),
+            "random_states": ranks_of(self.trainer).gather(random_state(self.device)),
             # An adapter starts at random, so a resumed run cannot find its start again.
             "base_weights": self.base_weights if self.lora is not None else None,
         }
@@ -302,6 +301,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         self.unlearning_steps = state["unlearning_steps"]
         self._unlearned_before = state["unlearned_before"]
         self.skipped_steps = state["skipped_steps"]
-        self._random_state = state["random_state"]
+        states, rank = state["random_states"], ranks_of(self._trainer).rank
+        self._random_state = states[rank] if rank < len(states) else None
         if state["base_weights"] is not None:
             self.base_weights = dict(state["base_weights"])

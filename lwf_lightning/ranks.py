@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -71,6 +71,23 @@ class Ranks:
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives tensors of every rank the values they have on rank 0."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Sums the gradients over all ranks; a rank without one adds nothing."""
+        if self.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sent = [distributed.all_reduce(p.grad, async_op=True) for p in parameters]
+        for handle in sent:
+            handle.wait()
 
     def stack(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, stacked along a new first axis."""

@@ -140,6 +140,8 @@ class LWFTrainer(L.Trainer):
             output: Path of the JSONL file: task, row, prompt, answer.
         """
         knowledge = self._stop_early(_Elicit(), model, datamodule, ckpt_path, weights_only)
+        if not self.is_global_zero:
+            return
         write_jsonl(
             output,
             (
@@ -172,6 +174,8 @@ class LWFTrainer(L.Trainer):
         knowledge = self._stop_early(_Score(), model, datamodule, ckpt_path, weights_only)
         if callback.scores is None or callback.forget_set is None:
             raise ValueError("nothing was scored")
+        if not self.is_global_zero:
+            return
         write_jsonl(output, score_rows(knowledge.texts, callback.scores, callback.forget_set))
         print(  # noqa: T201
             f"{len(knowledge.texts)} texts scored, {len(callback.forget_set)} selected "

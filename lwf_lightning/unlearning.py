@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.generation import evaluation_mode
-from lwf_lightning.losses import labelled_tokens, per_text_loss
+from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.objectives import Objective
 
 if TYPE_CHECKING:
@@ -42,24 +43,27 @@ class UnlearningMixin(L.LightningModule):
         self.phase = "unlearning"
         batch = {key: value.to(self.device) for key, value in batch.items()}
         reference = self._reference(batch) if self.objective.needs_reference else None
-        tokens = labelled_tokens(self.model, batch)
+        tokens = labelled_tokens(self.model, batch, allow_none=True)
         losses = self.objective(tokens, reference)
         nll = tokens.per_text(tokens.token_losses().detach())
+        is_text = tokens.tokens_per_text() > 0  # and not a filler
+        # What is decided below is decided from the texts of all ranks, the same way on each.
+        ranks = ranks_of(self.trainer)
+        shown = ranks.stack(torch.stack([losses.detach().to(nll), nll, is_text.to(nll)], dim=1))
+        all_losses, all_nll, _ = shown[shown[..., 2] > 0].unbind(dim=1)
         self.unlearning_steps += 1
-        if not self._is_finite(losses.detach().sum() + nll.sum(), "unlearning"):
+        if not self._is_finite(all_losses.sum() + all_nll.sum(), "unlearning"):
             return
-        # Per text, because a batch mean hides the one that has exploded.
-        pushed = nll < self.hparams["unlearning_ceiling"]
-        if not self.objective.ascends:
-            pushed = torch.ones_like(pushed)
         figures = {
-            "unlearn/loss": losses.detach().mean(),
-            "unlearn/nll": nll.mean(),
-            "unlearn/nll_highest": nll.max(),
-            "unlearn/texts_pushed": pushed.sum(),
+            "unlearn/loss": all_losses.mean(),
+            "unlearn/nll": all_nll.mean(),
+            "unlearn/nll_highest": all_nll.max(),
+            "unlearn/texts_pushed": self._is_pushed(all_nll).sum(),
         }
-        if bool(pushed.any()):
-            self.manual_backward(losses.where(pushed, 0.0).sum() / len(losses))
+        if int(figures["unlearn/texts_pushed"]) > 0:
+            pushed = self._is_pushed(nll) & is_text
+            loss = losses.where(pushed, 0.0).sum() / len(all_losses)
+            self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
             limit = self.hparams["unlearning_max_grad_norm"]
             figures["unlearn/grad_norm"] = clip_grad_norm_(self.model.parameters(), limit)
             optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
@@ -68,11 +72,19 @@ class UnlearningMixin(L.LightningModule):
             optimizer.zero_grad()
         self._log_unlearning(figures)
 
+    def _is_pushed(self, nll: Tensor) -> Tensor:
+        """Per text, because a batch mean hides the one that has exploded."""
+        if not self.objective.ascends:
+            return torch.ones_like(nll, dtype=torch.bool)
+        ceiling: float = self.hparams["unlearning_ceiling"]
+        return nll < ceiling
+
     def _reference(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of each text under the base weights, shape (texts,)."""
         base = cast(dict[str, Tensor], self.base_weights)
         with torch.no_grad(), evaluation_mode(self.model), exchanged_weights(self.model, base):
-            return per_text_loss(self.model, batch, reduction="sum")
+            tokens = labelled_tokens(self.model, batch, allow_none=True)
+            return tokens.per_text(tokens.token_losses(), "sum")
 
     def _log_unlearning(self, figures: dict[str, Tensor]) -> None:
         """Logs at once: Lightning's own rhythm would miss most of these rare steps."""

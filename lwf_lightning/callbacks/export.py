@@ -9,6 +9,7 @@ from typing import cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lwf_lightning.distributed import ranks_of
 from lwf_lightning.files import require_free
 from lwf_lightning.models import export_model
 from lwf_lightning.module import LWFModule
@@ -41,10 +42,12 @@ class ExportCallback(L.Callback):
         """Exports the model."""
         module = cast(LWFModule, pl_module)
         folder = Path(self.folder or Path(str(trainer.log_dir)) / "model")
-        if self.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)  # of this run, which has been resumed
-        elif trainer.ckpt_path is not None and folder.exists():
+        if self.folder is not None and trainer.ckpt_path is not None and folder.exists():
             rank_zero_warn(f"{folder} exists already: the model was not exported again")
             return
-        export_model(module.model, module.tokenizer, folder, merge=self.merge)
+        if trainer.is_global_zero:
+            if self.folder is None:
+                shutil.rmtree(folder, ignore_errors=True)  # of this run, which has been resumed
+            export_model(module.model, module.tokenizer, folder, merge=self.merge)
+        ranks_of(trainer).wait()
         rank_zero_info(f"Exported the model to {folder}")

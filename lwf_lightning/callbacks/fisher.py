@@ -19,6 +19,7 @@ from lwf_lightning.callbacks.refresh_report import (
     write_tensors,
 )
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.forgetting.confidence import ForgettingConfidence, forgetting_confidence
 from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
@@ -192,6 +193,7 @@ class FisherCallback(L.Callback):
         parameters = trainable_parameters(pl_module.model)  # type: ignore[arg-type]
         for name in self._base_weights or {}:  # the strategy may have moved or cast the model
             self._base_weights[name] = self._base_weights[name].to(parameters[name])  # type: ignore[index]
+        ranks_of(trainer).copy_first((self._base_weights or {}).values())
         rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, self.save_tensors)}")
 
     def on_train_batch_start(
@@ -211,19 +213,21 @@ class FisherCallback(L.Callback):
             raise ValueError("the base weights are missing: refresh only within Trainer.fit")
         foreign_loss = getattr(pl_module, "per_text_loss", None)
         text_loss = None if foreign_loss is None else lambda _, batch: foreign_loss(batch)
+        ranks = ranks_of(trainer)
         fisher_options: dict[str, Any] = {
             "estimator": self.estimator,
             "reduction": self.reduction,
             "seed": self.seed,
             "text_loss": text_loss,
-            "progress": True,
+            "progress": ranks.is_first,
+            "ranks": ranks,
         }
         data: Any = getattr(trainer, "datamodule", None)
         learning, forgetting, places = self.learning_batches, self.forget_batches, None
         if learning is None:
-            learning = fisher_batches(data, self.fisher_texts, self.batch_size, self.seed)
+            learning = fisher_batches(data, self.fisher_texts, self.batch_size, self.seed, ranks)
         if forgetting is None:
-            forgetting, places = scoring_batches(data, self.batch_size)
+            forgetting, places = scoring_batches(data, self.batch_size, ranks)
         with trainer.precision_plugin.forward_context():
             if self.anchor == "probe":
                 with exchanged_weights(model, base):
@@ -233,6 +237,7 @@ class FisherCallback(L.Callback):
                         learning_rate=self._probe_rate(pl_module),
                         text_loss=text_loss,
                         progress=True,
+                        ranks=ranks,
                     )
                 with exchanged_weights(model, probed):
                     fisher = diagonal_fisher(model, learning, **fisher_options)
@@ -248,7 +253,8 @@ class FisherCallback(L.Callback):
                     alpha=self.alpha,
                     reduction=self.reduction,
                     text_loss=text_loss,
-                    progress=True,
+                    progress=ranks.is_first,
+                    ranks=ranks,
                 )
                 if places is not None:
                     self.scores = self.scores.reordered(places)

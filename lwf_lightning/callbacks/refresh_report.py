@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.confidence import ForgettingConfidence
 from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
@@ -36,8 +37,9 @@ def log_refresh(
             logger.experiment.add_histogram("forget/confidence", confidence, step)
             if rows:
                 logger.experiment.add_text("forget/texts", markdown_table(rows), step)
-    if rows and trainer.loggers:
-        write_jsonl(Path(str(trainer.log_dir)) / "scores" / f"step-{step:06d}.jsonl", rows)
+    folder = Path(str(trainer.log_dir))  # asked for on every rank: the first one answers
+    if rows and trainer.loggers and trainer.is_global_zero:
+        write_jsonl(folder / "scores" / f"step-{step:06d}.jsonl", rows)
     rank_zero_info(
         f"FisherCallback: step {step}: {len(forget_set)} of {len(confidence)} texts "
         f"chosen to be forgotten (alpha {scores.alpha:.3g})"
@@ -53,9 +55,10 @@ def write_tensors(
     """
     file = Path(str(trainer.log_dir)) / "fisher" / f"step-{trainer.global_step:06d}.safetensors"
     parts = {"fisher": fisher, "anchor": anchor}
-    save_tensors(
-        file, {f"{kind}/{name}": t for kind, part in parts.items() for name, t in part.items()}
-    )
+    tensors = {f"{kind}/{name}": t for kind, part in parts.items() for name, t in part.items()}
+    if trainer.is_global_zero:
+        save_tensors(file, tensors)
+    ranks_of(trainer).wait()
     return str(file)
 
 

@@ -33,6 +33,16 @@ class EncodedText:
         return len(self.input_ids)
 
 
+def filler(text: EncodedText) -> EncodedText:
+    """A short text without labels, which adds nothing to any loss.
+
+    Where a rank has fewer texts than the others it fills the batch up, so that every rank makes
+    the same passes.
+    """
+    ids = text.input_ids[:2]
+    return EncodedText(ids, (IGNORE_INDEX,) * len(ids))
+
+
 def collate(texts: Sequence[EncodedText], pad_token_id: int) -> Batch:
     """Pads texts on the right into one batch.
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, collate
 from lwf_lightning.data.encode import encode_choices, encode_prompt
 from lwf_lightning.data.rows import DataError
+from lwf_lightning.ranks import Ranks
 from lwf_lightning.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -24,10 +25,14 @@ Evaluation: TypeAlias = Literal["choice", "generate"]
 
 @dataclass(frozen=True)
 class EvalItem:
-    """One example, encoded: one text per choice, or the prompt alone without labels."""
+    """One example, encoded: one text per choice, or the prompt alone without labels.
+
+    With ``counts`` false it is a repeat that only fills a rank's last batch up.
+    """
 
     example: Example
     texts: tuple[EncodedText, ...]
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class EvalBatch:
             in both: :func:`~lwf_lightning.generation.generate_answers` pads as it needs.
         choice_counts: Choices of each example, shape (examples,), int64; 0 for ``generate``.
         labels: The right choice of each example, shape (examples,), int64; -1 for ``generate``.
+        counts: Whether each example counts, shape (examples,), bool; see :class:`EvalItem`.
     """
 
     task: str
@@ -51,6 +57,7 @@ class EvalBatch:
     batch: Batch
     choice_counts: Tensor
     labels: Tensor
+    counts: Tensor
 
     def __len__(self) -> int:
         """Number of examples: the ``batch_size`` for logging."""
@@ -63,6 +70,7 @@ class EvalBatch:
             batch={name: tensor.to(device, **kwargs) for name, tensor in self.batch.items()},
             choice_counts=self.choice_counts.to(device, **kwargs),
             labels=self.labels.to(device, **kwargs),
+            counts=self.counts.to(device, **kwargs),
         )
 
 
@@ -119,13 +127,27 @@ def collate_eval(
         collate([text for item in items for text in item.texts], pad_token_id),
         choice_counts=torch.tensor(choices),
         labels=torch.tensor(labels),
+        counts=torch.tensor([item.counts for item in items]),
     )
 
 
 def eval_loader(
-    items: Sequence[EvalItem], *, task: str, kind: Evaluation, batch_size: int, pad_token_id: int
+    items: Sequence[EvalItem],
+    *,
+    task: str,
+    kind: Evaluation,
+    batch_size: int,
+    pad_token_id: int,
+    ranks: Ranks,
 ) -> DataLoader[EvalItem]:
-    """A loader of :class:`EvalBatch` over a task's items, in order."""
+    """A loader of :class:`EvalBatch` over this rank's share of a task's items, in order.
+
+    Every rank gets as many items, and so makes as many passes.
+    """
+    share = list(ranks.share(items))
+    if len(share) * ranks.world_size < len(items):
+        share.append(replace(items[0], counts=False))
+    items = share
     return DataLoader(
         items,  # type: ignore[arg-type]  # a list is a map-style dataset
         batch_size=batch_size,

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from lwf_lightning.data.batch import Batch, EncodedText
+from lwf_lightning.data.batch import Batch, EncodedText, filler
 
 Item = TypeVar("Item")
 
@@ -31,9 +31,10 @@ def batch_indices(
 ) -> list[int]:
     """Which texts make up the batch of one step: a pure function, with no state to save.
 
-    Every pass goes through the texts in a new order. Its last, partial batch is dropped. When the
-    texts are too few for one global batch, every step is a pass of its own and ranks share texts;
-    a rank's batch still holds no text twice, so it is smaller when ``n < batch_size``.
+    Every pass goes through the texts in a new order. Its last, partial batch is dropped. All ranks
+    together take what one process would take with ``batch_size * world_size``, and share it
+    without repeats. When the texts are too few for one global batch, every step is a pass of its
+    own over all of them, and a rank may get fewer than the others, or none.
 
     Args:
         n: Number of texts.
@@ -44,7 +45,8 @@ def batch_indices(
         world_size: Number of processes.
 
     Returns:
-        Indices below ``n``; ``batch_size`` of them unless ``n`` is smaller.
+        Indices below ``n``: ``batch_size`` of them unless ``n`` is below
+        ``batch_size * world_size``.
 
     Raises:
         ValueError: If ``n`` or ``batch_size`` is below 1, ``step`` below 0, or ``rank`` not below
@@ -61,8 +63,22 @@ def batch_indices(
         )
     pass_index, position = divmod(step, batches_per_pass(n, batch_size, world_size))
     order = pass_order(n, seed, pass_index)
-    start = (position * world_size + rank) * batch_size
-    return [order[index % n] for index in range(start, start + min(batch_size, n))]
+    start = position * batch_size * world_size
+    return list(order[start : start + batch_size * world_size][rank::world_size])
+
+
+def filled_indices(
+    n: int, batch_size: int, seed: int, step: int, rank: int = 0, world_size: int = 1
+) -> list[int]:
+    """As :func:`batch_indices`, as many on every rank: the index ``n`` stands for a filler.
+
+    Example:
+        >>> [filled_indices(1, 4, 0, 0, rank, world_size=2) for rank in range(2)]
+        [[0], [1]]
+    """
+    indices = batch_indices(n, batch_size, seed, step, rank, world_size)
+    rows = min(batch_size, -(-n // world_size))
+    return indices + [n] * (rows - len(indices))
 
 
 def even_shares(sizes: Sequence[int], total: int) -> list[int]:
@@ -88,7 +104,7 @@ def seeded_sample(items: Sequence[Item], limit: int | None, seed: int) -> list[I
 
 
 class StepSampler(Sampler[list[int]]):
-    """The batches of one pass, from a given step on."""
+    """The batches of one pass, from a given step on; see :func:`filled_indices`."""
 
     def __init__(
         self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
@@ -108,7 +124,7 @@ class StepSampler(Sampler[list[int]]):
         Lightning ends the epoch; one that a limit cuts short leaves its rest to the next.
         """
         for step in range(self.first_step, self.first_step + len(self)):
-            yield batch_indices(
+            yield filled_indices(
                 self.n, self.batch_size, self.seed, step, self.rank, self.world_size
             )
 
@@ -135,7 +151,7 @@ class ResumableLoader(DataLoader[EncodedText]):
         self._sampler = StepSampler(len(texts), batch_size, seed, rank, world_size)
         self._step = 0
         super().__init__(
-            texts,  # type: ignore[arg-type]  # a list is a map-style dataset
+            [*texts, filler(texts[0])],  # type: ignore[arg-type]  # a map-style dataset
             batch_sampler=self._sampler,
             collate_fn=collate,
             num_workers=num_workers,

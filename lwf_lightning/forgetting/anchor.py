@@ -10,11 +10,12 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.data.passes import forward_passes
+from lwf_lightning.data.passes import forward_passes, take_texts
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.weights import copy_weights, trainable_parameters
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import can_fuse, labelled_token_count
+from lwf_lightning.ranks import Ranks
 
 
 def probe_anchor(
@@ -26,6 +27,7 @@ def probe_anchor(
     max_grad_norm: float = 1.0,
     text_loss: TextLoss | None = None,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
     """Estimates theta*_L by a short plain fine-tuning, one AdamW step per batch.
 
@@ -42,6 +44,8 @@ def probe_anchor(
         text_loss: The loss of each text, (model, batch) -> (texts,), whose mean is minimized; by
             default the mean over all labelled tokens of the batch.
         progress: Whether to show a progress bar.
+        ranks: The processes that share the texts of each batch; each holds the same model, is
+            given all batches and gets the same result. By default this process is alone.
 
     Returns:
         One tensor per trainable parameter, of its shape and dtype.
@@ -51,6 +55,7 @@ def probe_anchor(
     """
     if not batches:
         raise ValueError("the probe needs at least one batch of the learning task")
+    ranks = ranks or Ranks()
     training, start = model.training, copy_weights(model)
     parameters = list(trainable_parameters(model).values())
     device = parameters[0].device
@@ -65,15 +70,22 @@ def probe_anchor(
     random_state = torch.get_rng_state()
     model.train()
     try:
-        for step, batch in enumerate(tqdm(batches, desc="Probe", disable=not progress)):
+        for step, batch in enumerate(
+            tqdm(batches, desc="Probe", disable=not (progress and ranks.is_first))
+        ):
             optimizer.zero_grad()
-            batch = {key: value.to(device) for key, value in batch.items()}
-            loss = _backward(model, batch, text_loss)
-            if not bool(torch.isfinite(loss)):
+            terms = len(batch["labels"]) if text_loss else labelled_token_count(batch)
+            share = take_texts(batch, ranks.share(range(len(batch["labels"]))))
+            total = torch.zeros((), device=device)
+            if len(share["labels"]):
+                share = {key: value.to(device) for key, value in share.items()}
+                total += _backward(model, share, text_loss, terms)
+            if not bool(torch.isfinite(ranks.sum(total))):
                 raise ValueError(
-                    f"the probe's loss became {loss.item()} at step {step + 1}; "
+                    f"the probe's loss became {total.item()} at step {step + 1}; "
                     f"lower its learning rate (now {learning_rate:g})"
                 )
+            ranks.sum_gradients(parameters)
             clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             decay.step()
@@ -88,15 +100,18 @@ def probe_anchor(
 
 
 @torch.enable_grad()
-def _backward(model: nn.Module, batch: Batch, text_loss: TextLoss | None) -> Tensor:
-    """Adds the gradient of the batch's loss to that of the parameters, and returns the loss."""
-    if text_loss is not None:
-        loss = text_loss(model, batch).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-    tokens, losses = labelled_token_count(batch), []
-    for part in forward_passes(model, batch):
-        loss = labelled_tokens(model, part).token_losses().sum() / tokens
+def _backward(model: nn.Module, batch: Batch, text_loss: TextLoss | None, terms: int) -> Tensor:
+    """Adds the gradient of the batch's losses over ``terms``, and returns what was differentiated.
+
+    ``terms`` counts the tokens of all ranks, or their texts with a ``text_loss``.
+    """
+    losses = []
+    for part in [batch] if text_loss else forward_passes(model, batch):
+        if text_loss is None:
+            values = labelled_tokens(model, part, allow_none=True).token_losses()
+        else:
+            values = text_loss(model, part)
+        loss = values.sum() / terms
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return torch.stack(losses).sum()

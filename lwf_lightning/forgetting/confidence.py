@@ -21,6 +21,7 @@ from lwf_lightning.forgetting.gradients import (
 from lwf_lightning.forgetting.tensors import check_fit
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import Reduction, per_text_loss
+from lwf_lightning.ranks import Ranks
 
 PRODUCT_LENGTH = {"cpu": 2**16}
 """Longest inner product taken at once: on a CPU one running sum holds all of it, and that of two
@@ -78,6 +79,7 @@ def forgetting_confidence(
     reduction: Reduction = "mean",
     text_loss: TextLoss | None = None,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> ForgettingConfidence:
     """Scores self-knowledge (D_self): the forgetting confidence FC of each text.
 
@@ -96,6 +98,8 @@ def forgetting_confidence(
         text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)
             -> (texts,), text i depending on row i only. ``reduction`` does not apply to it.
         progress: Whether to show a progress bar.
+        ranks: The processes that share the batches; each holds the same model, is given all
+            batches and gets the whole result. By default this process is alone.
 
     Returns:
         One value per text, in the order of the batches, on the model's device.
@@ -111,8 +115,16 @@ def forgetting_confidence(
     check_fit(anchor, model, what="anchor")
     sink = _InnerProducts(model, fisher, anchor)
     loss = text_loss or partial(per_text_loss, reduction=reduction)
-    reduce_gradients(model, batches, sink, text_loss=loss, description="Scoring", progress=progress)
-    alignment, sensitivity = torch.cat(sink.alignment), torch.cat(sink.sensitivity)
+    ranks = ranks or Ranks()
+    share = ranks.share(list(batches))
+    if share or ranks.world_size == 1:
+        reduce_gradients(
+            model, share, sink, text_loss=loss, description="Scoring", progress=progress
+        )
+    alignment, sensitivity = (
+        torch.cat([batch.to(sink.device) for batch in ranks.merge([b.cpu() for b in batches])])
+        for batches in (sink.alignment, sink.sensitivity)
+    )
     finite = torch.isfinite(alignment) & torch.isfinite(sensitivity)
     if not bool(finite.all()):
         text = int((~finite).nonzero()[0])

@@ -18,6 +18,7 @@ from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
 from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.files import whole_file
 from lwf_lightning.generation import eos_token_ids, generate_answers, unwrapped
+from lwf_lightning.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +85,7 @@ def elicit(
     chat_template: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> SelfKnowledge:
     """Lets the base model answer prompts greedily: step 1 of the paper (arXiv 2505.19715).
 
@@ -106,6 +108,8 @@ def elicit(
             that of weights, vocabulary, prompts and settings; a damaged file is named in a
             warning and rebuilt. None keeps nothing.
         progress: Whether to show a progress bar.
+        ranks: The processes that share the prompts, each with the same model and arguments; the
+            first one reads and writes the cache. By default this process is alone.
 
     Returns:
         The texts with an answer, and how many had none.
@@ -115,6 +119,7 @@ def elicit(
             number is below 1, or a chat template is asked for and the tokenizer has none.
     """
     names = _checked_tasks(prompts, tasks)
+    ranks = ranks or Ranks()
     base = unwrapped(model)
     limit = _prompt_limit(base, max_new_tokens, max_prompt_tokens)
     whole_prompts = [
@@ -138,21 +143,23 @@ def elicit(
         content = (settings, prompts, names, prompt_ids, sorted(tokenizer.get_vocab().items()))
         fingerprint = _fingerprint(base, content)
         cache_file = Path(cache_dir) / f"{fingerprint}.jsonl"
-        if (known := _read_cache(cache_file, fingerprint)) is not None:
+        file, key = cache_file, fingerprint
+        if (known := ranks.from_first(lambda: _read_cache(file, key))) is not None:
             return known
 
     adapter_off: Any = nullcontext if base is model else model.disable_adapter
     with adapter_off():
-        answers = generate_answers(
+        share = generate_answers(
             model,
             tokenizer,
-            prompt_ids,
+            ranks.share(prompt_ids),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             stop=stop,
-            progress=progress,
+            progress=progress and ranks.is_first,
             description="Eliciting",
         )
+    answers = ranks.merge(share)
     texts = [
         SelfText(
             prompt=prompts[row],
@@ -166,7 +173,7 @@ def elicit(
     ]
     kept = [text for text in texts if text.answer.strip()]
     knowledge = SelfKnowledge(kept, dropped=len(texts) - len(kept))
-    if cache_file is not None:
+    if cache_file is not None and ranks.is_first:
         _write_cache(cache_file, fingerprint, knowledge)
     return knowledge
 

@@ -16,6 +16,7 @@ from lwf_lightning.data.batch import Batch
 from lwf_lightning.forgetting.gradients import ParameterSink, TextLoss, as_matrix, reduce_gradients
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import LabelledTokens, Reduction, labelled_tokens, per_text_loss
+from lwf_lightning.ranks import Ranks
 
 FisherEstimator: TypeAlias = Literal["empirical", "true"]
 
@@ -29,6 +30,7 @@ def diagonal_fisher(
     seed: int = 0,
     text_loss: TextLoss | None = None,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
     """Estimates the diagonal of the Fisher information F_L at the weights the model holds.
 
@@ -50,6 +52,8 @@ def diagonal_fisher(
             -> (texts,), text i depending on row i only. ``reduction`` does not apply to it, and
             it goes with ``empirical`` only.
         progress: Whether to show a progress bar.
+        ranks: The processes that share the batches; each holds the same model, is given all
+            batches and gets the whole result. By default this process is alone.
 
     Returns:
         Parameter name -> float32 tensor of the parameter's shape, on its device, at least 0;
@@ -67,6 +71,7 @@ def diagonal_fisher(
         seed=seed,
         text_loss=text_loss,
         progress=progress,
+        ranks=ranks,
     )
     for name, total in sums.items():
         total /= texts
@@ -85,11 +90,10 @@ def fisher_sums(
     seed: int = 0,
     text_loss: TextLoss | None = None,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """The sum of the texts' squared gradients and their number; see :func:`diagonal_fisher`.
-
-    Sums and numbers of several processes may be added before the division.
-    """
+    """The sum of all texts' squared gradients and their number; see :func:`diagonal_fisher`."""
+    ranks = ranks or Ranks()
     if estimator not in ("empirical", "true"):
         raise ValueError(f"unknown estimator {estimator!r}; choose 'empirical' or 'true'")
     loss = text_loss or partial(per_text_loss, reduction=reduction)
@@ -102,10 +106,14 @@ def fisher_sums(
         batches = _numbered(batches)
         loss = partial(_sampled_loss, reduction=reduction, seed=seed)
     sink = _SquareSums(model)
-    texts = reduce_gradients(
-        model, batches, sink, text_loss=loss, description="Fisher", progress=progress
-    )
-    return sink.sums, texts
+    share, texts = ranks.share(list(batches)), 0
+    if share or ranks.world_size == 1:
+        texts = reduce_gradients(
+            model, share, sink, text_loss=loss, description="Fisher", progress=progress
+        )
+    for total in sink.sums.values():
+        ranks.sum(total)
+    return sink.sums, sum(ranks.gather(texts))
 
 
 class _SquareSums:

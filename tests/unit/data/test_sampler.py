@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
+from lwf_lightning.data.batch import EncodedText, collate
 from lwf_lightning.data.sampler import (
     ResumableLoader,
     batch_indices,
     even_shares,
+    filled_indices,
     pass_order,
     seeded_sample,
 )
@@ -47,17 +50,29 @@ def test_ranks_share_the_global_batch_of_one_process(world_size):
     for step in range(7):
         one = batch_indices(25, 4 * world_size, 5, step)
         ranks = [batch_indices(25, 4, 5, step, rank, world_size) for rank in range(world_size)]
-        assert [i for rank in ranks for i in rank] == one
+        assert [rank[place] for place in range(4) for rank in ranks] == one
 
 
-@pytest.mark.parametrize(("n", "batch_size", "world_size"), [(3, 8, 1), (5, 4, 2), (1, 4, 2)])
-def test_few_texts_wrap_around_without_repeats_in_a_batch(n, batch_size, world_size):
+@pytest.mark.parametrize(
+    ("n", "batch_size", "world_size"), [(3, 8, 1), (5, 4, 2), (1, 4, 2), (2, 4, 3), (5, 1, 7)]
+)
+def test_few_texts_are_shared_without_repeats_and_batches_filled_up(n, batch_size, world_size):
     for step in range(5):
-        ranks = [batch_indices(n, batch_size, 0, step, r, world_size) for r in range(world_size)]
-        for batch in ranks:
-            assert len(batch) == len(set(batch)) == min(n, batch_size)
-        if n <= batch_size * world_size:
-            assert {i for batch in ranks for i in batch} == set(range(n))
+        arguments = [(n, batch_size, 0, step, rank, world_size) for rank in range(world_size)]
+        shares = [batch_indices(*a) for a in arguments]
+        assert sorted(i for share in shares for i in share) == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        filled = [filled_indices(*a) for a in arguments]
+        assert len({len(batch) for batch in filled}) == 1
+        assert [[i for i in batch if i < n] for batch in filled] == shares
+
+
+def test_a_rank_without_a_text_gets_a_filler_without_labels():
+    texts = [EncodedText((5, 6, 7), (-100, 6, 7))]
+    loader = ResumableLoader(texts, 2, 0, partial(collate, pad_token_id=0), rank=1, world_size=2)
+    (batch,) = loader
+    assert batch["input_ids"].tolist() == [[5, 6]]
+    assert batch["labels"].tolist() == [[-100, -100]]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +100,12 @@ def test_seeded_sample_keeps_order_and_depends_on_the_seed():
 
 
 def loader(n=11, **options):
-    return ResumableLoader(list(range(n)), 4, 0, list, **options)
+    texts = [EncodedText((i, 1), (-100, 1)) for i in range(n)]
+    return ResumableLoader(texts, 4, 0, first_ids, **options)
+
+
+def first_ids(texts):
+    return [text.input_ids[0] for text in texts]
 
 
 def run(data, batches):
