@@ -94,6 +94,8 @@ class LWFTrainer(L.Trainer):
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optim")
             board = BoardLogger(default_root_dir)
             logger = [board, TableLogger(default_root_dir, version=f"version_{board.version}")]
+        # What is logged at the end of an epoch is the same on every rank already.
+        warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         callbacks = [callbacks] if isinstance(callbacks, L.Callback) else list(callbacks or [])
         if enable_progress_bar is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks

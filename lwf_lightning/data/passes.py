@@ -87,7 +87,7 @@ def take_texts(batch: Batch, texts: Sequence[int]) -> Batch:
     """The part of a batch with these texts, without the columns that are padding in all of them."""
     if len(texts) == len(batch["input_ids"]):
         return batch
-    rows = torch.tensor(texts, device=batch["input_ids"].device)
+    rows = torch.tensor(texts, dtype=torch.int64, device=batch["input_ids"].device)
     part = {key: value[rows] for key, value in batch.items()}
     used = part["attention_mask"].any(dim=0)
     return {key: value[:, used] for key, value in part.items()}

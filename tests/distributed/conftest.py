@@ -1,0 +1,128 @@
+"""Runs that are made twice: by one process, and by several that share its global batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from lwf_lightning.forgetting.weights import copy_weights
+
+Make = Callable[..., Any]
+GLOBAL_BATCH, GLOBAL_FORGET_BATCH = 4, 4
+FOLDER = "LWF_TEST_FOLDER"  # what the launching test and its ranks share
+STRATEGY = "LWF_TEST_STRATEGY"
+
+# What the runs ask of module, datamodule and callback. With AdamW the sign of a tiny gradient
+# decides a step, so rates are small enough for rounding not to grow.
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "probe": {"module": {"tokens_per_pass": 8}},
+    "online, true Fisher, npo": {
+        "module": {"objective": "npo", "schedule": "random"},
+        "callback": {
+            "anchor": "online",
+            "refresh_interval": 5,
+            "estimator": "true",
+            "reduction": "sum",
+            "fisher_texts": 24,
+        },
+    },
+    "one text to forget": {
+        "module": {"schedule": "front_loaded", "ahead_steps": 2},
+        "callback": {"forgetting_rate": 0.01, "probe_batch_size": 1},
+    },
+    "fewer texts than ranks": {
+        "data": {"learning_texts": 1, "forgetting_prompts": 1, "eval_examples": 1},
+    },
+    "a ceiling for some": {"module": {"unlearning_ceiling": 3.75, "unlearning_interval": 2}},
+    "replay, generated": {
+        "module": {"objective": "replay", "gradient_checkpointing": True},
+        "data": {"evaluation": "generate"},
+    },
+}
+
+
+class Recorder(L.Callback):
+    """Keeps the weights after each learning step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.weights.append(copy_weights(pl_module.model))
+
+
+def strategy() -> Strategy:
+    """The strategy under test; it gives up on a rank that does not answer."""
+    return DDPStrategy(timeout=timedelta(seconds=30))
+
+
+@pytest.fixture
+def runs() -> list[str]:
+    return list(RUNS)
+
+
+@pytest.fixture
+def shared_folder() -> Path:
+    return Path(os.environ[FOLDER])
+
+
+@pytest.fixture
+def make_run(
+    make_module: Make, make_data: Make, make_callback: Make, make_trainer: Make
+) -> Callable[..., tuple[Any, ...]]:
+    """Trainer, module, datamodule and callback of one of ``RUNS``."""
+
+    def make(name: str, ranks: int, callbacks: Any = (), **trainer_options: Any) -> Any:
+        options = RUNS[name]
+        module = make_module(
+            **{"learning_rate": 1e-3, "unlearning_scale": 0.5, **options.get("module", {})}
+        )
+        data = make_data(
+            **{
+                "batch_size": GLOBAL_BATCH // ranks,
+                "forget_batch_size": GLOBAL_FORGET_BATCH // ranks,
+                "eval_batch_size": 2,
+                **options.get("data", {}),
+            }
+        )
+        callback = make_callback(**options.get("callback", {}))
+        if ranks > 1:
+            trainer_options |= {"devices": ranks, "strategy": strategy()}
+        defaults = {"max_steps": 21, "limit_val_batches": None, "val_check_interval": None}
+        trainer = make_trainer(callbacks=[callback, *callbacks], **(defaults | trainer_options))
+        return trainer, module, data, callback
+
+    return make
+
+
+@pytest.fixture
+def results_of(make_run: Make) -> Callable[[str, int], dict[str, Any]]:
+    """Makes one of ``RUNS`` and returns all that has to be equal."""
+
+    def run(name: str, ranks: int) -> dict[str, Any]:
+        recorder = Recorder()
+        trainer, module, data, callback = make_run(name, ranks, [recorder])
+        trainer.fit(module, data)
+        fisher, anchor = callback.load_tensors()
+        fitted = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        tested = trainer.test(module, data, verbose=False)[0]
+        return {
+            "texts": [(text.prompt, text.answer, text.row) for text in data.self_knowledge.texts],
+            "forget_set": callback.forget_set,
+            "fisher": fisher,
+            "anchor": anchor,
+            "scores": callback.state_dict()["scores"],
+            "weights": recorder.weights,
+            "counts": [trainer.global_step, module.unlearning_steps, module.skipped_steps],
+            "metrics": fitted | tested,
+        }
+
+    return run
