@@ -49,6 +49,10 @@ class StepLoop(_TrainingEpochLoop):
             self._between_steps = True
             self._pause()
         self._between_steps = False
+        # Lightning repeats what a step logged in the rows of the steps after it; a resumed run
+        # could not know it.
+        for name in [name for name, result in self._results.items() if not result.meta.on_epoch]:
+            del self._results[name]
         super().advance(data_fetcher)
 
     def _pause(self) -> None:

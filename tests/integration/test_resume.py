@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,46 @@ def test_a_run_that_has_finished_has_nothing_left_to_do(
     assert steps == 3
     assert trainer.global_step == 9
     assert Path(str(trainer.log_dir)).name == "version_0"
+
+
+class Stop(L.Callback):
+    """Makes the gradient of a step NaN, and ends the process, as it were, at a later one."""
+
+    def __init__(self, poisoned: int, last: int | None) -> None:
+        self.poisoned, self.last = poisoned, last
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.last:
+            raise KeyboardInterrupt
+        self.hook = None
+        if trainer.global_step == self.poisoned and pl_module.skipped_steps == 0:
+            parameter = next(pl_module.model.parameters())
+            self.hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+
+
+@pytest.mark.parametrize("poisoned", [1, 3, 4])
+def test_a_skipped_step_leaves_the_rows_of_the_others_alone(
+    poisoned: int, make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    def table(name: str, last: int | None, ckpt_path: str | None = None) -> str:
+        trainer = make_trainer(
+            default_root_dir=tmp_path / name,
+            callbacks=[StepCheckpoint(every_n_steps=3), Stop(poisoned, last)],
+        )
+        with suppress(SystemExit):  # of an interrupted run
+            trainer.fit(make_module(schedule="never"), make_data(), ckpt_path=ckpt_path)
+        return (tmp_path / name / "version_0" / "metrics.csv").read_text()
+
+    whole = table("whole", None)
+    assert whole.count("\n") == 1 + 8 + 1
+    table("cut", 5)
+    assert table("cut", None, "last") == whole
 
 
 def test_another_configuration_is_another_run(fit: Make, recwarn: pytest.WarningsRecorder) -> None:
