@@ -61,7 +61,7 @@ class Recorder(L.Callback):
 
 def strategy() -> Strategy:
     """The strategy under test; it gives up on a rank that does not answer."""
-    return DDPStrategy(timeout=timedelta(seconds=30))
+    return DDPStrategy(timeout=timedelta(seconds=60))
 
 
 @pytest.fixture
