@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lwf_lightning.callbacks.export import ExportCallback
     from lwf_lightning.callbacks.fisher import FisherCallback
+    from lwf_lightning.callbacks.guard import AscentGuard
     from lwf_lightning.datamodule import LWFDataModule
     from lwf_lightning.module import LWFModule
 
 __version__ = "0.1.0"
 
-__all__ = ["ExportCallback", "FisherCallback", "LWFDataModule", "LWFModule"]
+__all__ = ["AscentGuard", "ExportCallback", "FisherCallback", "LWFDataModule", "LWFModule"]
 
 _HOMES = {
+    "AscentGuard": "lwf_lightning.callbacks.guard",
     "ExportCallback": "lwf_lightning.callbacks.export",
     "FisherCallback": "lwf_lightning.callbacks.fisher",
     "LWFDataModule": "lwf_lightning.datamodule",

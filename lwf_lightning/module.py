@@ -28,7 +28,7 @@ from lwf_lightning.optimization import (
     labelled_token_count,
 )
 from lwf_lightning.random_state import random_state, restore_random_state
-from lwf_lightning.unlearning import UnlearningMixin
+from lwf_lightning.unlearning import UnlearningGuard, UnlearningMixin
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -126,6 +126,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         self.unlearning_steps = 0
         self.skipped_steps = 0
         self.phase = "learning"
+        self.guard: UnlearningGuard | None = None
         self._unlearned_before = -1  # the learning step whose unlearning steps are done
         self._random_state: dict[str, Tensor] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lwf_lightning.callbacks.checkpoint import StepCheckpoint
 from lwf_lightning.callbacks.fisher import FisherCallback
+from lwf_lightning.callbacks.guard import AscentGuard
 from lwf_lightning.callbacks.progress import PhaseProgressBar
 from lwf_lightning.checkpoint_io import WholeCheckpointIO
 from lwf_lightning.datamodule import LWFDataModule
@@ -65,6 +66,7 @@ class LWFTrainer(L.Trainer):
             ``enable_checkpointing`` is False.
         enable_progress_bar: Whether to show progress: with the phase, unless ``callbacks`` holds
             a progress bar of your own.
+        ascent_guard: Whether to add an AscentGuard, unless ``callbacks`` holds one.
         default_root_dir: Folder of this experiment's runs.
         strategy: ``auto`` or ``ddp``; see docs/multi-gpu.md.
         use_distributed_sampler: Stays off: the datamodule shares out the texts itself.
@@ -77,6 +79,7 @@ class LWFTrainer(L.Trainer):
         logger: Logger | Iterable[Logger] | bool | None = True,
         callbacks: list[L.Callback] | L.Callback | None = None,
         enable_progress_bar: bool | None = None,
+        ascent_guard: bool = True,
         default_root_dir: str | Path = "runs",
         strategy: str | Strategy = "auto",
         use_distributed_sampler: bool = False,
@@ -106,6 +109,8 @@ class LWFTrainer(L.Trainer):
             not any(isinstance(callback, StepCheckpoint) for callback in callbacks)
         ):
             callbacks.append(StepCheckpoint())
+        if ascent_guard and not any(isinstance(callback, AscentGuard) for callback in callbacks):
+            callbacks.append(AscentGuard())
         super().__init__(
             *args,
             logger=logger,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -20,12 +20,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class UnlearningGuard(Protocol):
+    """What may hold unlearning back; see :class:`~lwf_lightning.AscentGuard`."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the learning rate of unlearning."""
+
+    def may_unlearn(self) -> bool:
+        """Whether an unlearning step may be taken now."""
+
+    def take_step(
+        self, optimizer: torch.optim.Optimizer, batch: Batch, nll: Tensor, grad_norm: Tensor
+    ) -> None:
+        """Takes the optimizer's step, or undoes it.
+
+        Args:
+            optimizer: Unlearning's; the gradients are there.
+            batch: The texts that are pushed.
+            nll: Their mean negative log-likelihoods before the step, shape (texts,).
+            grad_norm: Norm of the gradient before clipping.
+        """
+
+
 class UnlearningMixin(L.LightningModule):
     """The unlearning half of :class:`~lwf_lightning.LWFModule`: one step on the forget set."""
 
     model: PreTrainedModel
     base_weights: dict[str, Tensor] | None
     objective: Objective
+    guard: UnlearningGuard | None
     unlearning_steps: int
     phase: str
 
@@ -39,6 +63,8 @@ class UnlearningMixin(L.LightningModule):
     def _unlearn(self) -> None:
         batch = self._data.forget_batch(self.unlearning_steps)
         if batch is None:  # nothing is chosen before the first refresh
+            return
+        if self.guard is not None and not self.guard.may_unlearn():
             return
         self.phase = "unlearning"
         batch = {key: value.to(self.device) for key, value in batch.items()}
@@ -66,10 +92,10 @@ class UnlearningMixin(L.LightningModule):
             self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
             limit = self.hparams["unlearning_max_grad_norm"]
             figures["unlearn/grad_norm"] = clip_grad_norm_(self.model.parameters(), limit)
-            optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
             if self._is_finite(figures["unlearn/grad_norm"], "unlearning"):
-                optimizer.step()  # the bare optimizer: Lightning's wrapper would count a step
-            optimizer.zero_grad()
+                rows = {key: value[pushed] for key, value in batch.items()}
+                self._ascend(rows, nll[pushed], figures["unlearn/grad_norm"])
+            self._unlearning_optimizer.zero_grad()
         self._log_unlearning(figures)
 
     def _is_pushed(self, nll: Tensor) -> Tensor:
@@ -78,6 +104,21 @@ class UnlearningMixin(L.LightningModule):
             return torch.ones_like(nll, dtype=torch.bool)
         ceiling: float = self.hparams["unlearning_ceiling"]
         return nll < ceiling
+
+    def _ascend(self, batch: Batch, nll: Tensor, grad_norm: Tensor) -> None:
+        optimizer, guard = self._unlearning_optimizer, self.guard
+        rate = self.hparams["learning_rate"] * self.hparams["unlearning_scale"]
+        for group in optimizer.param_groups:  # a resumed optimizer brings its old rate along
+            group["lr"] = rate if guard is None else rate * guard.scale
+        if guard is None:
+            optimizer.step()
+        else:
+            guard.take_step(optimizer, batch, nll, grad_norm)
+
+    @property
+    def _unlearning_optimizer(self) -> torch.optim.Optimizer:
+        # The bare optimizer: Lightning's wrapper would count its steps.
+        return self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
 
     def _reference(self, batch: Batch) -> Tensor:
         """Summed negative log-likelihood of each text under the base weights, shape (texts,)."""

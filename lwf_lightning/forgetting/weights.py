@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,26 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies the trainable weights; one tensor of the parameter's shape and dtype per name."""
     return {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Gives the model back the weights that :func:`copy_weights` kept."""
+    for name, parameter in trainable_parameters(model).items():
+        parameter.copy_(weights[name])
+
+
+@torch.no_grad()
+def relative_change(model: nn.Module, before: Mapping[str, Tensor]) -> float:
+    """How far the trainable weights have moved, as a share of their norm before.
+
+    Returns:
+        Norm of the difference over the norm of ``before``: 0 to inf, in float32.
+    """
+    parameters = trainable_parameters(model)
+    moved = sum((p - before[name]).float().square().sum() for name, p in parameters.items())
+    whole = sum(before[name].float().square().sum() for name in parameters)
+    return float((moved / whole) ** 0.5)
 
 
 @contextmanager

@@ -9,7 +9,12 @@ from torch.nn.functional import cross_entropy
 
 from lwf_lightning.data.batch import batches_of
 from lwf_lightning.forgetting.anchor import probe_anchor
-from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
+from lwf_lightning.forgetting.weights import (
+    copy_weights,
+    exchanged_weights,
+    put_back,
+    relative_change,
+)
 
 
 def test_exchange_swaps_and_swaps_back_without_copying(make_llama: Callable[..., Any]) -> None:
@@ -26,6 +31,18 @@ def test_exchange_swaps_and_swaps_back_without_copying(make_llama: Callable[...,
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == pointers[name]
         torch.testing.assert_close(theirs[name], expected[name], rtol=0, atol=0)
+
+
+def test_the_change_of_weights_is_measured_and_put_back(make_llama: Callable[..., Any]) -> None:
+    model = make_llama(seed=0)
+    before = copy_weights(model)
+    assert relative_change(model, before) == 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    assert relative_change(model, before) == pytest.approx(0.25, rel=1e-5)
+    put_back(model, before)
+    torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)
 
 
 def test_exchange_ends_after_an_exception(make_llama: Callable[..., Any]) -> None:
