@@ -6,9 +6,11 @@ python -m benchmarks.startup
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -27,13 +29,20 @@ COMMANDS = {
 def results(*, rounds: int = 5, quick: bool = False) -> Iterator[Result]:
     """One line per command."""
 
-    def starting(arguments: list[str]) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True)
+    processor: dict[str, list[float]] = {name: [] for name in COMMANDS}
 
-    ways = {name: starting(arguments) for name, (arguments, _) in COMMANDS.items()}
+    def start(name: str) -> None:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        arguments = COMMANDS[name][0]
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        processor[name].append(round(used, 3))
+
+    ways = {name: partial(start, name) for name in COMMANDS}
     seconds = take_turns(ways, rounds=1 if quick else rounds)
     for name, (_, bar) in COMMANDS.items():
-        details = {"seconds": seconds[name]}
+        details = {"seconds": seconds[name], "processor_seconds": processor[name]}
         yield Result(name, "the bar", median(seconds[name]), bar, unit="s", details=details)
 
 
