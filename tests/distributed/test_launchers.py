@@ -92,6 +92,13 @@ def run(script: str, folder: Path, *environments: dict[str, str]) -> None:
     assert (version / "config.yaml").is_file()
 
 
+def test_the_second_process_is_started_by_the_first(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    (command,) = re.findall(r"^    (python cli\.py fit .* ddp --trainer\.devices 2)$", PAGE, re.M)
+    run(f'{command} "$@"', tmp_path, environment)
+
+
 def test_torchrun(environment: dict[str, str], tmp_path: Path) -> None:
     nodes = [environment | {"NNODES": "2", "GPUS": "1", "NODE_RANK": str(rank)} for rank in (0, 1)]
     run(example("torchrun"), tmp_path, *nodes)
