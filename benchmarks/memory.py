@@ -193,11 +193,11 @@ def child(name: str) -> None:
                 **case.data,
             },
         )
-        callbacks: list[Any] = [ModelCheckpoint(dirpath=folder, every_n_train_steps=4)]
+        callbacks: list[Any] = [ModelCheckpoint(dirpath=folder, every_n_train_steps=3)]
         if module.schedule.unlearns:
             chosen = {"probe_steps": 2, "fisher_texts": 8, "forgetting_rate": 0.5}
             callbacks.append(FisherCallback(**{**chosen, **case.callback}))
-        settings = {"accelerator": "cpu", "devices": 1, "max_steps": 4, **case.trainer}
+        settings = {"accelerator": "cpu", "devices": 1, "max_steps": 3, **case.trainer}
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": True}
         trainer = LWFTrainer(
             callbacks=callbacks,

@@ -47,14 +47,16 @@ def phases(size: ModelSize, plan: Plan) -> list[Phase]:
     if plan.unlearns and plan.anchor == "probe":
         start = {"start copy of the probe": held["base copy"]}
         found.append(Phase("probe", held | start | moments | step(size, plan, plan.probe, True)))
-    if plan.unlearns and plan.anchor:
-        found += [
-            Phase("Fisher", held | _anchor(size, plan) | estimate_fisher(size, plan)),
-            Phase("scoring", held | _anchor(size, plan) | scoring(size, plan)),
-        ]
     optimizers = dict(moments)
     if plan.unlearns:
         optimizers["moments of unlearning"] = moments["moments of AdamW"]
+    if plan.unlearns and plan.anchor:
+        # The probe is scored before any step; online, a refresh comes between steps.
+        refresh = held | (optimizers if plan.anchor == "online" else _anchor(size, plan))
+        found += [
+            Phase("Fisher", refresh | estimate_fisher(size, plan)),
+            Phase("scoring", refresh | scoring(size, plan)),
+        ]
     evaluation = max(
         forward(size, plan, plan.evaluation),
         generation(size, plan, plan.evaluation_prompts),
@@ -255,9 +257,7 @@ def gathered_groups(
 
 
 def _anchor(size: ModelSize, plan: Plan) -> Parts:
-    """The probe's weights; online, the anchor is the current weights, which are held anyway."""
-    if plan.anchor == "online":
-        return {}
+    """The weights of the probe."""
     return {"anchor": size.trainable * plan.precision.trained // plan.ranks}
 
 

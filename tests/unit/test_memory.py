@@ -91,6 +91,8 @@ def test_what_forgetting_adds_by_hand():
     online = phases(SIZE, replace(LWF, anchor="online"))
     assert "probe" not in {phase.name for phase in online}
     assert all("anchor" not in phase.parts for phase in online)
+    refresh = {phase.name: phase.parts for phase in online}["scoring"]
+    assert refresh["moments of AdamW"] == refresh["moments of unlearning"] == 80_000
 
 
 def test_plain_training_has_no_phase_of_forgetting():
