@@ -59,6 +59,7 @@ class Case:
         trainer: Arguments of LWFTrainer.
         prompt: Words of a prompt; a third fewer in every other text.
         answer: Words of an answer.
+        rows: Texts of either task.
     """
 
     model: str
@@ -68,11 +69,12 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     prompt: int = 40
     answer: int = 16
+    rows: int = 16
 
 
 LORA = {"r": 16, "target_modules": "all-linear"}
 CASES = {
-    "world": Case("world-base", data={"batch_size": 32}, prompt=12, answer=4),
+    "world": Case("world-base", data={"batch_size": 64}, prompt=24, answer=8, rows=64),
     "llama-27m": Case("llama-27m"),
     "llama-27m, long": Case("llama-27m", data={"batch_size": 16}, prompt=180, answer=60),
     "llama-27m, vanilla": Case("llama-27m", {"schedule": "never"}),
@@ -274,7 +276,7 @@ def _written_tasks(folder: str, case: Case) -> str:
     for task in ("learn", "forget"):
         place = Path(folder) / "data" / task
         place.mkdir(parents=True)
-        for split, rows in (("train", 16), ("validation", 8), ("test", 8)):
+        for split, rows in (("train", case.rows), ("validation", 8), ("test", 8)):
             with (place / f"{split}.jsonl").open("w") as file:
                 for row in range(rows):
                     words = case.prompt if row % 2 else case.prompt * 2 // 3
