@@ -201,6 +201,23 @@ def test_a_mistake_is_answered_in_one_line(
     assert expected in errors[0]
 
 
+def test_a_damaged_checkpoint_is_named_in_one_line(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.ckpt").write_bytes(b"PK half a checkpoint")
+    with pytest.raises(SystemExit) as stop:
+        run(
+            *("fit", "--model.init_args.schedule", "never"),
+            *("--ckpt_path", str(tmp_path / "cut.ckpt")),
+        )
+    assert stop.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: {tmp_path / 'cut.ckpt'} is cut short, damaged or no checkpoint "
+        "(its end is missing)"
+    ]
+
+
 def test_mistakes_in_a_yaml_are_answered_too(
     run: Callable[..., Any], config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,14 +110,19 @@ class Whole:
 
     def check(self, folder: Path) -> None:
         """Compares a run with the one that was left alone."""
-        theirs, ours = folder / "runs" / "version_0", self.folder / "whole" / "runs" / "version_0"
-        runs = [path.name for path in (folder / "runs").glob("[!.]*") if path.is_dir()]
-        assert runs == ["version_0"]
-        assert files(theirs) == files(ours)
-        for name in ("metrics.csv", *(n for n in files(ours) if n.endswith((".jsonl", "tensors")))):
-            assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
-        assert curves(theirs) == curves(ours)
-        assert_same(last_checkpoint(theirs), last_checkpoint(ours), "checkpoint")
+        check(folder, self.folder / "whole")
+
+
+def check(folder: Path, whole: Path) -> None:
+    """Compares a run that was interrupted with one that was not."""
+    theirs, ours = folder / "runs" / "version_0", whole / "runs" / "version_0"
+    runs = [path.name for path in (folder / "runs").glob("[!.]*") if path.is_dir()]
+    assert runs == ["version_0"]
+    assert files(theirs) == files(ours)
+    for name in ("metrics.csv", *(n for n in files(ours) if n.endswith((".jsonl", "tensors")))):
+        assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
+    assert curves(theirs) == curves(ours)
+    assert_same(last_checkpoint(theirs), last_checkpoint(ours), "checkpoint")
 
 
 def files(run: Path) -> list[str]:
@@ -263,3 +270,54 @@ def test_killed_after_any_time_it_ends_the_same(whole: Whole) -> None:
     for run in range(4):
         moments = [{"seconds": draw.uniform(0.01, took)} for _ in range(5)]
         whole.check(whole.interrupted(f"timed-{run}", moments))
+
+
+TOLD_ALONE = """
+import os, signal, sys
+from lwf_lightning.cli import main
+from lwf_lightning.module import LWFModule
+
+unlearn = LWFModule._unlearn
+
+def told(self):
+    if (os.environ["RANK"], self.trainer.global_step, sys.argv[1]) == ("1", 4, "told"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    unlearn(self)
+
+LWFModule._unlearn = told
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_of_two_processes_stops_both_after_the_step(
+    model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(model_folder, data_folder)
+    config["trainer"] |= {"strategy": "ddp", "devices": 2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "script.py").write_text(TOLD_ALONE)
+
+    def run(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        return subprocess.run(
+            [sys.executable, *launch, "../script.py", *args],
+            cwd=tmp_path / name,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(killable.SOURCE)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    done = run("whole", "left alone", *FIT)
+    assert done.returncode == 0, done.stderr
+    done = run("cut", "told", *FIT)
+    assert done.returncode != 0
+    assert (
+        "SIGTERM: leaving after saving runs/version_0/checkpoints/step-000005.ckpt" in done.stderr
+    )
+    done = run("cut", "left alone", *RESUME)
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "cut", tmp_path / "whole")
