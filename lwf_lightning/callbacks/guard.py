@@ -32,7 +32,6 @@ from lwf_lightning.module import LWFModule
 _ADVICE = {
     "undo and damp": "Nothing is lost; a lower model.init_args.unlearning_scale avoids it",
     "undo and rest": "Nothing is lost; fewer ahead_steps or a lower unlearning_scale avoid it",
-    "damp": "Lower model.init_args.unlearning_scale",
     "pause": "Lower model.init_args.unlearning_scale or raise unlearning_interval",
     "stop": "Lower model.init_args.unlearning_scale or set unlearning_ceiling before the next run",
 }
@@ -52,7 +51,7 @@ class AscentGuard(L.Callback):
     2. All steps since the last learning step together raised the watched loss by more than
        ``max_rise``: the last one is undone, and there is no other before that learning step.
     3. The gradient norm of unlearning is above ``max_spike``: the step is not taken, and damped as
-       in 1. The gradient norm of a learning step that follows unlearning is: damped.
+       in 1.
     4. The watched loss before a step, or ``val/loss``, is above its lowest by more than
        ``max_rise``, and unlearning's own steps make up at least half of that (overfitting is none
        of its business): no unlearning for ``pause_steps`` learning steps.
@@ -139,7 +138,6 @@ class AscentGuard(L.Callback):
         self.fluency_tokens = fluency_tokens
         self.seed = seed
         self.state = GuardState()
-        self._has_unlearned = False  # since the last learning step
         self._burst = -1  # the learning step before which unlearning goes on
         self._burst_start = self._loss = 0.0  # watched losses: before the burst, and now
 
@@ -155,7 +153,7 @@ class AscentGuard(L.Callback):
         if not isinstance(pl_module, LWFModule):
             raise TypeError(f"AscentGuard guards an LWFModule, not a {type(pl_module).__name__}")
         self.state = GuardState()
-        self._has_unlearned, self._burst = False, -1
+        self._burst = -1
         guards = pl_module.schedule.unlearns and pl_module.objective.ascends
         pl_module.guard = self if guards else None
 
@@ -239,26 +237,12 @@ class AscentGuard(L.Callback):
             self._record(breach, state.undo(step, limits, damp=worst is not None))
             return
         state.kept(rise, norm)
-        self._loss, self._has_unlearned = loss, True
+        self._loss = loss
         del before  # the next look takes memory, too
         if module.unlearning_steps % self.fluency_interval == 0:
             breach = self._fluency_breach(limits)
             if breach is not None:
                 self._record(breach, state.pause(step, limits))
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Looks at the learning step's gradient norm."""
-        module = cast(LWFModule, pl_module)
-        if module.guard is not self or "train/grad_norm" not in trainer.callback_metrics:
-            return
-        norm, norms = float(trainer.callback_metrics["train/grad_norm"]), self.state.learning_norms
-        clip, max_spike = module.hparams["max_grad_norm"], self.limits.max_spike
-        signal = "the learning gradient's norm after unlearning"
-        breach = spike_breach(signal, norm, norms, clip, max_spike)
-        if breach is not None and self._has_unlearned:
-            self._record(breach, self.state.damp(self.limits))
-        self.state.learned(norm)
-        self._has_unlearned = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Looks at the validation loss, where the task has one."""

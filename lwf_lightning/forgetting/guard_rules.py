@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from lwf_lightning.metrics.fluency import Fluency
 
-Action: TypeAlias = Literal["undo and damp", "undo and rest", "damp", "pause", "stop"]
+Action: TypeAlias = Literal["undo and damp", "undo and rest", "pause", "stop"]
 
 _NORMS = 8  # behind a median: few, because ascent begins flat and then grows
 _FEWEST_NORMS = 4  # with fewer there is nothing to compare with
@@ -208,7 +208,7 @@ class GuardState:
         is_stopped: Whether unlearning is over for this run.
         watched: The watched texts' loss, as it was before each burst of unlearning.
         validation: The loss of the whole validation.
-        unlearning_norms, learning_norms: The last gradient norms of either kind.
+        unlearning_norms: The last gradient norms of steps that were kept.
         base_fluency: Fluency of the base model.
         records: Everything done so far, a row each.
     """
@@ -223,7 +223,6 @@ class GuardState:
     watched: LossWatch = field(default_factory=LossWatch)
     validation: LossWatch = field(default_factory=LossWatch)
     unlearning_norms: list[float] = field(default_factory=list)
-    learning_norms: list[float] = field(default_factory=list)
     base_fluency: Fluency | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -238,10 +237,6 @@ class GuardState:
         self.validation.blame += rise
         self.unlearning_norms = [*self.unlearning_norms, norm][-_NORMS:]
 
-    def learned(self, norm: float) -> None:
-        """A learning step was taken."""
-        self.learning_norms = [*self.learning_norms, norm][-_NORMS:]
-
     def undo(self, step: int, limits: GuardLimits, *, damp: bool) -> Action:
         """A step is undone: with ``damp`` the next ones are smaller, else the burst is over."""
         self.undone += 1
@@ -254,11 +249,6 @@ class GuardState:
             self.is_stopped = True
             return "stop"
         return "undo and damp"
-
-    def damp(self, limits: GuardLimits) -> Action:
-        """The next steps are smaller."""
-        self.scale *= limits.damping
-        return "damp"
 
     def pause(self, step: int, limits: GuardLimits) -> Action:
         """No unlearning for a while, or ever again after too many pauses."""

@@ -188,3 +188,20 @@ def test_bad_values_and_other_modules_are_refused(make_trainer: Make) -> None:
         AscentGuard(watched_texts=0)
     with pytest.raises(TypeError, match="AscentGuard guards an LWFModule, not a BoringModel"):
         make_trainer().fit(BoringModel())
+
+
+@pytest.mark.slow
+def test_an_absurd_ascent_leaves_the_embedded_world_learned(tmp_path: Path) -> None:
+    from lwf_lightning.cli import main
+
+    def run(*options: str) -> dict[str, float]:
+        root = ["--trainer.default_root_dir", str(tmp_path)]
+        cli = main(["fit", "--config", "configs/world.yaml", *root, *options])
+        return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+
+    model = "--model.init_args"
+    vanilla = run(f"{model}.schedule", "never")
+    guarded = run(f"{model}.unlearning_scale", "1000", f"{model}.unlearning_ceiling", "1e9")
+    assert vanilla["val/accuracy"] > 0.5  # chance is 0.125, to which it falls without the guard
+    assert guarded["val/accuracy"] > vanilla["val/accuracy"] - 0.15  # seven of 48 people
+    assert guarded["val/loss"] < 1.25 * vanilla["val/loss"]

@@ -96,7 +96,6 @@ def test_the_state_survives_as_primitives() -> None:
     state = GuardState(base_fluency=Fluency(0.1, 0.2, 0.3))
     state.watched.breach("loss", 2.0, 0.25)
     state.kept(0.5, 3.0)
-    state.learned(4.0)
     state.pause(7, LIMITS)
     state.records.append({"step": 7, "action": "pause"})
     values = json.loads(json.dumps(state.as_primitives()))
