@@ -5,13 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lwf_lightning.shards import highest, mesh_of
+
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedTokenizerBase
 
 
@@ -47,11 +51,13 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     stop: Sequence[str] = (),
-    any_left: Callable[[bool], bool] | None = None,
     progress: bool = False,
     description: str = "Generating",
 ) -> list[tuple[int, ...]]:
     """Continues every prompt with the most probable token at each step.
+
+    With weights that are sharded among processes each has prompts of its own, or none, and all make
+    equally many forward passes.
 
     As soon as prompts are finished, others take their place in the batch
     (:func:`~lwf_lightning.decoding.decode`); models that this does not suit go through
@@ -67,9 +73,6 @@ def generate_answers(
         max_new_tokens: Upper limit of an answer's length in tokens.
         batch_size: Prompts generated together; fewer where prompt and answer exceed 512 tokens.
         stop: An answer ends before the first of these strings to appear in its decoded text.
-        any_left: For weights sharded among processes, each of which has prompts of its own:
-            whether any process has work left, given whether this one has. It is asked before every
-            forward pass, so that all processes make equally many.
         progress: Whether to show a progress bar, one step per prompt.
         description: What the bar says.
 
@@ -90,6 +93,10 @@ def generate_answers(
     if pad_id is None:  # the padding is masked, so any id will do
         pad_id = eos_ids[0] if eos_ids else 0
     longest = max((len(ids) for ids in prompt_ids), default=0)
+    any_left: Callable[[bool], bool] | None = None
+    if (mesh := mesh_of(model.parameters())) is not None:
+        longest = highest(longest, mesh)
+        any_left = partial(_any_left, mesh)
     answers: list[tuple[int, ...]] = [()] * len(prompt_ids)
     bar = tqdm(total=len(prompt_ids), desc=description, unit="prompt", disable=not progress)
     with bar, evaluation_mode(model):
@@ -110,6 +117,11 @@ def generate_answers(
             answers[row] = _cut(ids, tokenizer, eos_ids, stop)
             bar.update()
     return answers
+
+
+def _any_left(mesh: DeviceMesh, here: bool) -> bool:
+    """Whether any process has work left: sharded weights need all of them at every pass."""
+    return bool(highest(here, mesh))
 
 
 def _check(

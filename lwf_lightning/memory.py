@@ -19,7 +19,7 @@ Parts: TypeAlias = dict[str, int]
 FLOAT = 4
 """Bytes of a float32: Fisher information, scores and the arithmetic inside norms and losses."""
 
-_ENGINE_BLOCK = {"cpu": 2**21, "cuda": 2**24}  # forgetting.gradients.BLOCK_ELEMENTS
+_ENGINE_BLOCK = {"cpu": 2**21, "cuda": 2**24}  # forgetting.gradient_sinks.BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)

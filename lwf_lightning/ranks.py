@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -76,16 +77,21 @@ class Ranks:
         """Gives tensors of every rank the values they have on rank 0."""
         if self.world_size > 1:
             for tensor in tensors:
-                distributed.broadcast(tensor, src=0)
+                if not isinstance(tensor, DTensor):  # of which each rank has a part of its own
+                    distributed.broadcast(tensor, src=0)
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Sums the gradients over all ranks; a rank without one adds nothing."""
         if self.world_size == 1:
             return
-        for parameter in parameters:
+        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        for parameter in whole:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        sent = [distributed.all_reduce(p.grad, async_op=True) for p in parameters]
+        sent = [distributed.all_reduce(p.grad, async_op=True) for p in whole]
+        for parameter in parameters:
+            if isinstance(parameter, DTensor) and parameter.grad is not None:
+                parameter.grad *= self.world_size  # FSDP2 has averaged them
         for handle in sent:
             handle.wait()
 

@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.data.passes import forward_passes, take_texts
 from lwf_lightning.forgetting.gradients import TextLoss
-from lwf_lightning.forgetting.weights import copy_weights, trainable_parameters
+from lwf_lightning.forgetting.weights import copy_weights, exchange, trainable_parameters
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import can_fuse, labelled_token_count
 from lwf_lightning.ranks import Ranks
+from lwf_lightning.shards import in_step
 
 
 def probe_anchor(
@@ -75,12 +76,12 @@ def probe_anchor(
         ):
             optimizer.zero_grad()
             terms = len(batch["labels"]) if text_loss else labelled_token_count(batch)
-            share = take_texts(batch, ranks.share(range(len(batch["labels"]))))
-            total = torch.zeros((), device=device)
-            if len(share["labels"]):
-                share = {key: value.to(device) for key, value in share.items()}
-                total += _backward(model, share, text_loss, terms)
-            if not bool(torch.isfinite(ranks.sum(total))):
+            mine = ranks.share(range(len(batch["labels"])))
+            # A rank without a text runs one for company: with shards the others wait for it.
+            share = take_texts(batch, mine or [0])
+            share = {key: value.to(device) for key, value in share.items()}
+            total = ranks.sum(_backward(model, share, text_loss, bool(mine) / terms))
+            if not bool(torch.isfinite(total)):
                 raise ValueError(
                     f"the probe's loss became {total.item()} at step {step + 1}; "
                     f"lower its learning rate (now {learning_rate:g})"
@@ -89,29 +90,29 @@ def probe_anchor(
             clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             decay.step()
-        return {name: parameter.data for name, parameter in trainable_parameters(model).items()}
+        return start  # it will hold the probe's weights: the finally clause exchanges them
     finally:
         torch.set_rng_state(random_state)
         for parameter, gradient in zip(parameters, kept_gradients, strict=True):
             parameter.grad = gradient
-        for name, parameter in trainable_parameters(model).items():
-            parameter.data = start[name]
+        exchange(model, start)
         model.train(training)
 
 
 @torch.enable_grad()
-def _backward(model: nn.Module, batch: Batch, text_loss: TextLoss | None, terms: int) -> Tensor:
-    """Adds the gradient of the batch's losses over ``terms``, and returns what was differentiated.
+def _backward(model: nn.Module, batch: Batch, text_loss: TextLoss | None, weight: float) -> Tensor:
+    """Adds the gradient of the batch's weighted losses, and returns what was differentiated.
 
-    ``terms`` counts the tokens of all ranks, or their texts with a ``text_loss``.
+    The losses are those of tokens, or of texts with a ``text_loss``.
     """
     losses = []
-    for part in [batch] if text_loss else forward_passes(model, batch):
+    parts = [batch] if text_loss else in_step(forward_passes(model, batch), model.parameters())
+    for part in parts:
         if text_loss is None:
             values = labelled_tokens(model, part, allow_none=True).token_losses()
         else:
             values = text_loss(model, part)
-        loss = values.sum() / terms
+        loss = values.sum() * weight
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return torch.stack(losses).sum()

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.forgetting.gradients import (
-    ParameterSink,
-    TextLoss,
-    as_matrix,
-    reduce_gradients,
-)
+from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
+from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
 from lwf_lightning.forgetting.tensors import check_fit
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import Reduction, per_text_loss
 from lwf_lightning.ranks import Ranks
+from lwf_lightning.shards import local, ranks_of_shards, sharded_like, whole
 
 PRODUCT_LENGTH = {"cpu": 2**16}
 """Longest inner product taken at once: on a CPU one running sum holds all of it, and that of two
@@ -115,16 +112,13 @@ def forgetting_confidence(
     check_fit(anchor, model, what="anchor")
     sink = _InnerProducts(model, fisher, anchor)
     loss = text_loss or partial(per_text_loss, reduction=reduction)
-    ranks = ranks or Ranks()
-    share = ranks.share(list(batches))
-    if share or ranks.world_size == 1:
-        reduce_gradients(
-            model, share, sink, text_loss=loss, description="Scoring", progress=progress
-        )
-    alignment, sensitivity = (
-        torch.cat([batch.to(sink.device) for batch in ranks.merge([b.cpu() for b in batches])])
-        for batches in (sink.alignment, sink.sensitivity)
+    ranks = ranks or ranks_of_shards(model.parameters())
+    batches = list(batches)
+    reduce_gradients(
+        model, batches, sink, text_loss=loss, description="Scoring", progress=progress, ranks=ranks
     )
+    alignment = _in_order(sink.alignment, batches, ranks).to(sink.device)
+    sensitivity = _in_order(sink.sensitivity, batches, ranks).to(sink.device)
     finite = torch.isfinite(alignment) & torch.isfinite(sensitivity)
     if not bool(finite.all()):
         text = int((~finite).nonzero()[0])
@@ -135,6 +129,13 @@ def forgetting_confidence(
     if alpha is None:
         alpha = automatic_alpha(alignment, sensitivity)
     return ForgettingConfidence(alignment, sensitivity, alpha, sink.constant)
+
+
+def _in_order(values: Sequence[Tensor], batches: Sequence[Batch], ranks: Ranks) -> Tensor:
+    """The values of all texts, on every rank, from those of each rank's own texts."""
+    sizes = [len(next(iter(batch.values()))) for batch in ranks.share(batches)]
+    own = torch.cat([torch.empty(0), *(part.cpu() for part in values)])
+    return torch.cat(ranks.merge(torch.split(own, sizes)))
 
 
 def automatic_alpha(alignment: Tensor, sensitivity: Tensor, multiple: float = 10.0) -> float:
@@ -178,12 +179,16 @@ class _InnerProducts:
         self.fisher: dict[str, Tensor] = {}
         self.weighted_difference: dict[str, Tensor] = {}  # F d, as large as a gradient
         self.constant = 0.0
-        for name, base in trainable_parameters(model).items():
-            self.fisher[name] = fisher[name].to(base.device, torch.float32)
-            difference = base.float() - anchor[name].to(base.device, torch.float32)
+        parameters = trainable_parameters(model)
+        for name, base in parameters.items():
+            self.fisher[name] = sharded_like(fisher[name], base).to(base.device, torch.float32)
+            goal = sharded_like(anchor[name], base).to(base.device, torch.float32)
+            difference = base.float() - goal
             weighted = self.fisher[name] * difference
-            self.constant += torch.dot(weighted.flatten(), difference.flatten()).item() / 2
+            flat = local(weighted).flatten(), local(difference).flatten()
+            self.constant += torch.dot(*flat).item() / 2
             self.weighted_difference[name] = weighted
+        self.constant = sum(ranks_of_shards(parameters.values()).gather(self.constant))
         self.device = base.device
         self.alignment: list[Tensor] = []
         self.sensitivity: list[Tensor] = []
@@ -200,8 +205,8 @@ class _InnerProducts:
         """Adds the parameter's share of both inner products."""
         alignment, sensitivity = (torch.zeros_like(self.alignment[-1]) for _ in range(2))
         yield _ParameterProducts(
-            as_matrix(self.fisher[name]),
-            as_matrix(self.weighted_difference[name]),
+            as_matrix(whole(self.fisher[name])),
+            as_matrix(whole(self.weighted_difference[name])),
             alignment,
             sensitivity,
         )

@@ -19,6 +19,7 @@ from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.files import whole_file
 from lwf_lightning.generation import eos_token_ids, generate_answers, unwrapped
 from lwf_lightning.ranks import Ranks
+from lwf_lightning.shards import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -229,7 +230,7 @@ def _fingerprint(base: Any, content: object) -> str:
             continue
         name = name.replace(".base_layer.", ".")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data: Any = whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()[:32]
 

@@ -11,12 +11,15 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.forgetting.gradients import ParameterSink, TextLoss, as_matrix, reduce_gradients
+from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
+from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import LabelledTokens, Reduction, labelled_tokens, per_text_loss
 from lwf_lightning.ranks import Ranks
+from lwf_lightning.shards import added_by_all, local, ranks_of_shards
 
 FisherEstimator: TypeAlias = Literal["empirical", "true"]
 
@@ -75,7 +78,8 @@ def diagonal_fisher(
     )
     for name, total in sums.items():
         total /= texts
-        if not bool(torch.isfinite(total.amax())):  # no square is below 0
+        held = local(total)
+        if held.numel() and not bool(torch.isfinite(held.amax())):  # no square is below 0
             raise ValueError(f"the Fisher information of {name} is not finite")
     return sums
 
@@ -93,7 +97,7 @@ def fisher_sums(
     ranks: Ranks | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """The sum of all texts' squared gradients and their number; see :func:`diagonal_fisher`."""
-    ranks = ranks or Ranks()
+    ranks = ranks or ranks_of_shards(model.parameters())
     if estimator not in ("empirical", "true"):
         raise ValueError(f"unknown estimator {estimator!r}; choose 'empirical' or 'true'")
     loss = text_loss or partial(per_text_loss, reduction=reduction)
@@ -106,13 +110,12 @@ def fisher_sums(
         batches = _numbered(batches)
         loss = partial(_sampled_loss, reduction=reduction, seed=seed)
     sink = _SquareSums(model)
-    share, texts = ranks.share(list(batches)), 0
-    if share or ranks.world_size == 1:
-        texts = reduce_gradients(
-            model, share, sink, text_loss=loss, description="Fisher", progress=progress
-        )
+    texts = reduce_gradients(
+        model, batches, sink, text_loss=loss, description="Fisher", progress=progress, ranks=ranks
+    )
     for total in sink.sums.values():
-        ranks.sum(total)
+        if not isinstance(total, DTensor):  # which has been added up while it was formed
+            ranks.sum(total)
     return sink.sums, sum(ranks.gather(texts))
 
 
@@ -131,7 +134,8 @@ class _SquareSums:
     @contextmanager
     def parameter(self, name: str) -> Iterator[ParameterSink]:
         """Adds to the parameter's sum."""
-        yield _ParameterSquares(as_matrix(self.sums[name]))
+        with added_by_all(self.sums[name]) as sums:
+            yield _ParameterSquares(as_matrix(sums))
 
 
 @dataclass(frozen=True)

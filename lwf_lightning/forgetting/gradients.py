@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
@@ -31,74 +33,21 @@ from lwf_lightning.forgetting.gradient_rules import (
     rule_of,
     work_dtype,
 )
+from lwf_lightning.forgetting.gradient_sinks import (
+    GradientSink,
+    as_matrix,
+    matrix_shape,
+    row_slices,
+)
+from lwf_lightning.forgetting.modes import gradient_mode
 from lwf_lightning.forgetting.parameter_uses import OutsideUses, owners_of
 from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.ranks import Ranks
+from lwf_lightning.shards import highest, mesh_of, ranks_of_shards, reshard, rounds, settle
 
 TextLoss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> one loss per text, shape (texts,). The loss of text i may depend on row i of
 the batch only."""
-
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Elements of one block, all texts together: on a CPU it stays in the last cache and is large
-enough for every thread; on a GPU it fills the device."""
-
-
-class ParameterSink(Protocol):
-    """Reduces the gradients of one parameter, for all texts of a batch.
-
-    The parameter is seen as a matrix, see :func:`as_matrix`. The engine calls either
-    :meth:`take_block` for consecutive slices that together hold every row once, or
-    :meth:`take_touched` once. Gradients come in float32 (float64 for a float64 parameter) and may
-    be overwritten.
-    """
-
-    def take_block(self, rows: slice, gradients: Tensor) -> None:
-        """Takes in some rows of every text's gradient.
-
-        Args:
-            rows: The rows.
-            gradients: Shape (texts, rows, columns), contiguous.
-        """
-
-    def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
-        """Takes in gradients of which few rows differ from zero.
-
-        Args:
-            rows: Shape (touched,), int64, ascending.
-            texts: Shape (touched,), int64: whose gradient; no pair (row, text) comes twice.
-            gradients: Shape (touched, columns).
-        """
-
-
-class GradientSink(Protocol):
-    """Reduces the gradients of texts to what is wanted of them.
-
-    For every batch the engine calls :meth:`begin`, then :meth:`parameter` once for each parameter
-    that takes part in the loss, as soon as its gradients can be formed and while the backward
-    pass still runs. What a parameter needs (its Fisher information, an accumulator) is asked for
-    at no other time, so a sink may gather it when the context is entered and let go of it, or
-    add it up over processes, when the context is left. The contexts never overlap, and their
-    order follows from model and loss alone: it is the same in every process that runs both.
-    """
-
-    def begin(self, texts: int) -> None:
-        """Gets ready for a batch of this many texts, counted from 0 in the calls that follow."""
-
-    def parameter(self, name: str) -> AbstractContextManager[ParameterSink]:
-        """What takes in the gradients of a parameter; entered and left once per batch."""
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """A parameter as (rows, columns): a vector or a number is one row; more axes are columns."""
-    return tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
-
-
-def row_slices(matrix: Tensor, texts: int) -> Iterator[slice]:
-    """Cuts a matrix into runs of rows that hold about ``BLOCK_ELEMENTS`` over all texts."""
-    elements = BLOCK_ELEMENTS.get(matrix.device.type, BLOCK_ELEMENTS["cuda"])
-    rows, step = matrix.shape[0], max(1, elements // max(1, texts * matrix.shape[1]))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def reduce_gradients(
@@ -109,6 +58,7 @@ def reduce_gradients(
     text_loss: TextLoss,
     description: str,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> int:
     """Hands the gradient of every text, for every trainable parameter, to a sink.
 
@@ -123,9 +73,11 @@ def reduce_gradients(
         text_loss: The loss of each text.
         description: Label of the progress bar.
         progress: Whether to show one.
+        ranks: The processes that share the batches; each is given all of them. By default those
+            among which the model is sharded, or this one alone.
 
     Returns:
-        How many texts there were.
+        How many texts this process has handed over.
 
     Raises:
         ValueError: If nothing trains, there is no text, a text has no label, or a loss is not
@@ -134,18 +86,23 @@ def reduce_gradients(
     parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError("the model has no trainable parameter: all of them are frozen")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there is no text: `batches` is empty")
+    for number, batch in enumerate(batches):
+        _check_labels(batch, number)
     device = next(iter(parameters.values())).device
+    ranks = ranks or ranks_of_shards(parameters.values())
+    shared = list(rounds(batches, ranks, mesh_of(parameters.values()) is not None))
     torch.clear_autocast_cache()  # it may hold casts of weights that were exchanged since
     with (
         torch.enable_grad(),
-        _evaluation_mode(model),
+        gradient_mode(model),
         _Capture(model, parameters, sink, text_loss) as capture,
     ):
-        for number, batch in enumerate(tqdm(batches, desc=description, disable=not progress)):
-            _check_labels(batch, number)
-            capture.reduce({key: _usable(value, device) for key, value in batch.items()})
-    if capture.texts == 0:
-        raise ValueError("there is no text: `batches` is empty")
+        for batch, counts, most in tqdm(shared, desc=description, disable=not progress):
+            batch = {key: _usable(value, device) for key, value in batch.items()}
+            capture.reduce(batch, counts, most)
     return capture.texts
 
 
@@ -161,6 +118,7 @@ class _Capture:
     ) -> None:
         self.model = model
         self.parameters = parameters
+        self.mesh = mesh_of(parameters.values())
         self.sink = sink
         self.text_loss = text_loss
         self.texts = 0
@@ -172,12 +130,15 @@ class _Capture:
                 self.rules[module] = rule
             else:
                 self.generic.update(names.values())
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._ticket = torch.zeros((), device=_device(parameters), requires_grad=True)
         self._blocks: dict[torch.dtype, Tensor] = {}
         self._running: list[nn.Module] = []
         self._uses_watched = False
         self._in_forward = False
         self._rows = 0
+        self._counts = True
+        self._heard: set[str] = set()
         self._expected: Counter[str] = Counter()
         self._pending: defaultdict[str, list[Call]] = defaultdict(list)
 
@@ -190,32 +151,55 @@ class _Capture:
                 module.register_forward_hook(self._after, with_kwargs=True),
             )
         ]
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                self._hooks.append(module.register_forward_pre_hook(self._gathered))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        reshard(self.model)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        if error is None:  # else other processes may not take part
+            settle(self.model)
 
-    def reduce(self, batch: Batch) -> None:
-        """Hands the gradients of a batch to the sink."""
+    def reduce(self, batch: Batch, counts: bool, most: int) -> None:
+        """Hands the gradients of a batch to the sink.
+
+        Args:
+            batch: The batch.
+            counts: Whether its texts count; if not, the sink is asked for what a parameter needs,
+                and gets nothing.
+            most: The most texts that any process that runs in step has.
+        """
         rows = _rows(batch)
-        if self.generic and rows > 1:
-            for row in range(rows):
-                self.reduce({key: value[row : row + 1] for key, value in batch.items()})
+        if self.generic and most > 1:
+            for row in range(rows if self.mesh is None else most):
+                one = min(row, rows - 1)
+                part = {key: value[one : one + 1] for key, value in batch.items()}
+                self.reduce(part, counts and row < rows, 1)
             return
         known = len(self.generic)
         losses = self._forward(batch, rows)
+        if self.mesh is not None and highest(len(self.generic), self.mesh) > known:
+            self._share_generic()
         if len(self.generic) > known:  # more was found that has no rule: begin this batch again
-            self.reduce(batch)
+            self.reduce(batch, counts, most)
             return
         self._check_losses(losses, rows)
-        self.sink.begin(rows)
+        self._counts = counts
+        self.sink.begin(rows if counts else 0)
         self._backward(losses)
-        self.texts += rows
+        self.texts += rows if counts else 0
+
+    def _share_generic(self) -> None:
+        """What one process found to have no rule, the others treat alike: their texts differ."""
+        self.generic.update(*ranks_of_shards(self.parameters.values()).gather(self.generic))
 
     def _forward(self, batch: Batch, rows: int) -> Tensor:
+        reshard(self.model)  # a layer takes over `requires_grad` when it is gathered anew
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in self.generic)
         self._rows = rows
@@ -226,7 +210,7 @@ class _Capture:
         if self._uses_watched:
             losses = self.text_loss(self.model, batch)
         else:
-            with OutsideUses(self.parameters, self.owners, self._running) as outside:
+            with OutsideUses(self._names, self.owners, self._running) as outside:
                 losses = self.text_loss(self.model, batch)
             self.generic.update(outside.found)
             self._uses_watched = True
@@ -263,6 +247,27 @@ class _Capture:
                 f"the loss of text {self.texts + row} (counted from 0 in the order of the "
                 f"batches) is {losses[row].item()}"
             )
+
+    def _gathered(self, module: nn.Module, _: Any) -> None:
+        """Learns by which tensors a sharded layer computes, now that it is whole."""
+        for part in module.modules():
+            for attribute, name in self.owners.get(part, {}).items():
+                parameter = part.get_parameter(attribute)
+                if isinstance(parameter, DTensor):  # of another layer
+                    continue
+                self._names[id(parameter)] = name
+                if name in self.generic and name not in self._heard:
+                    self._heard.add(name)
+                    hear = partial(self._hear, name)
+                    self._hooks.append(
+                        cast(Any, parameter).register_post_accumulate_grad_hook(hear)
+                    )
+
+    def _hear(self, name: str, parameter: Tensor) -> None:
+        """Takes the gradient of one text before FSDP2 adds those of other processes to it."""
+        gradient = cast(Tensor, parameter.grad).to_dense()
+        parameter.grad = None
+        self._reduce_parameter(name, [DenseCall(as_matrix(gradient).unsqueeze(0))])
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self._running.append(module)
@@ -317,19 +322,21 @@ class _Capture:
 
     @torch.no_grad()
     def _reduce_parameter(self, name: str, calls: list[Call]) -> None:
-        matrix = as_matrix(self.parameters[name])
-        dtype = work_dtype(matrix)
+        parameter = self.parameters[name]
+        dtype, columns = work_dtype(parameter), matrix_shape(parameter)[1]
         lookups = [call for call in calls if isinstance(call, EmbeddingCall)]
         with (
-            torch.autocast(matrix.device.type, enabled=False),
+            torch.autocast(parameter.device.type, enabled=False),
             self.sink.parameter(name) as sink,
         ):
+            if not self._counts:
+                return
             if len(lookups) == len(calls):
                 lookup = EmbeddingCall.joined(lookups) if len(lookups) > 1 else lookups[0]
                 sink.take_touched(*lookup.touched(dtype))
                 return
-            for rows in row_slices(matrix, self._rows):
-                block = self._block((self._rows, rows.stop - rows.start, matrix.shape[1]), dtype)
+            for rows in row_slices(parameter, self._rows):
+                block = self._block((self._rows, rows.stop - rows.start, columns), dtype)
                 for number, call in enumerate(calls):
                     call.write(block, rows.start, add=number > 0)
                 sink.take_block(rows, block)
@@ -355,28 +362,6 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError("unreachable: the ticket is no part of any loss")
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns dropout off; afterwards every module has its own mode again."""
-    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and not _drops_out(module):
-            module.training = modes[module]  # or it would not checkpoint its activations
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _drops_out(module: nn.Module) -> bool:
-    """Whether a module itself (not a child, which has its own mode) may apply dropout."""
-    return any("drop" in name and value for name, value in vars(module).items())
 
 
 def _check_labels(batch: Batch, number: int) -> None:

@@ -38,7 +38,7 @@ class OutsideUses(TorchFunctionMode):
     """Finds parameters that are used outside their own module, where no hook would see it.
 
     Args:
-        parameters: The parameters to watch, by name.
+        names: The name of each parameter to watch, by its ``id``.
         owners: See :func:`owners_of`.
         running: The modules that are being run, innermost last; kept up to date by the caller.
 
@@ -48,13 +48,13 @@ class OutsideUses(TorchFunctionMode):
 
     def __init__(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        names: Mapping[int, str],
         owners: Owners,
         running: Sequence[nn.Module],
     ) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._names = names
         self._owners = owners
         self._running = running
 

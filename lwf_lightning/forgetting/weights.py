@@ -7,10 +7,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lwf_lightning.shards import local, ranks_of_shards, reshard
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name and parameter of everything that trains; tied parameters once, by their first name."""
+    reshard(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -35,14 +39,24 @@ def relative_change(model: nn.Module, before: Mapping[str, Tensor]) -> float:
         Norm of the difference over the norm of ``before``: 0 to inf, in float32.
     """
     parameters = trainable_parameters(model)
-    moved = sum((p - before[name]).float().square().sum() for name, p in parameters.items())
-    whole = sum(before[name].float().square().sum() for name in parameters)
-    return float((moved / whole) ** 0.5)
+    pairs = [(local(p), local(before[name])) for name, p in parameters.items()]
+    moved = torch.stack([(after - start).float().square().sum() for after, start in pairs]).sum()
+    norms = torch.stack([start.float().square().sum() for _, start in pairs]).sum()
+    sums = ranks_of_shards(parameters.values()).sum(torch.stack([moved, norms]))
+    return float((sums[0] / sums[1]) ** 0.5)
+
+
+@torch.no_grad()
+def whole_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded weights, each gathered in the main memory of every process; others as they are."""
+    return {
+        name: w.full_tensor().cpu() if isinstance(w, DTensor) else w for name, w in weights.items()
+    }
 
 
 @contextmanager
 def exchanged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Runs the model with other weights; no tensor is copied.
+    """Runs the model with other weights; no tensor is copied, but the shards of FSDP2.
 
     Inside the context ``weights`` holds what the model held before, and the model holds what
     ``weights`` held. Both are exchanged back at the end, also after an exception.
@@ -67,13 +81,21 @@ def exchanged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[
                 f"{name} has shape {tuple(parameter.shape)} in the model, "
                 f"{tuple(weights[name].shape)} in the weights"
             )
-    _exchange(parameters, weights)
+    exchange(model, weights)
     try:
         yield weights
     finally:
-        _exchange(parameters, weights)
+        exchange(model, weights)
 
 
-def _exchange(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.data, weights[name] = weights[name], parameter.data
+@torch.no_grad()
+def exchange(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Exchanges the trainable weights of the model and the given ones."""
+    for name, parameter in trainable_parameters(model).items():
+        if isinstance(parameter, DTensor):  # FSDP2 keeps the memory of its shard: content is moved
+            own, other = parameter.to_local(), weights[name].to_local()  # type: ignore[attr-defined]
+            kept = own.clone()
+            own.copy_(other)
+            other.copy_(kept)
+        else:
+            parameter.data, weights[name] = weights[name], parameter.data

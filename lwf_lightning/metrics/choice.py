@@ -9,6 +9,7 @@ from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.data.passes import take_texts, texts_of_passes
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.metrics.shared_prompts import can_share_prompts, share_prompts, with_tree_mask
+from lwf_lightning.shards import in_step
 
 
 @torch.no_grad()
@@ -34,12 +35,12 @@ def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tens
     shares = can_share_prompts(model, width)
     rows = torch.arange(texts, device=batch["labels"].device)
     whole = share_prompts(batch) if shares else {**batch, "text": rows[:, None].expand(-1, width)}
+    parts = [take_texts(whole, chosen) for chosen in texts_of_passes(model, whole)]
     values, owners = [], []
-    for chosen in texts_of_passes(model, whole):
-        part = take_texts(whole, chosen)
-        values.append(
-            -labelled_tokens(model, with_tree_mask(part) if shares else part).token_losses()
-        )
+    for number, part in enumerate(in_step(parts, model.parameters())):
+        shared = with_tree_mask(part) if shares else part
+        tokens = labelled_tokens(model, shared, allow_none=number >= len(parts))
+        values.append(-tokens.token_losses())
         owners.append(part["text"][:, 1:][part["labels"][:, 1:] != IGNORE_INDEX])
     value, owner = torch.cat(values), torch.cat(owners)
     return value.new_zeros(texts).index_add(0, owner, value), torch.bincount(owner, minlength=texts)

@@ -9,6 +9,7 @@ import torch
 from lwf_lightning.callbacks.refresh_data import fisher_batches, scoring_batches
 from lwf_lightning.data.batch import EncodedText, batches_of
 from lwf_lightning.forgetting import forgetting_confidence
+from lwf_lightning.ranks import Ranks
 
 
 def datamodule(learning: list[EncodedText], forgetting: list[EncodedText]) -> Any:
@@ -30,7 +31,7 @@ def test_scores_come_back_in_the_order_of_the_self_knowledge(
     model, texts = make_llama(), make_texts(11)
     fisher = {name: torch.rand_like(p) for name, p in model.named_parameters()}
     anchor = {name: p.detach() + 0.1 for name, p in model.named_parameters()}
-    batches, places = scoring_batches(datamodule([], texts), 3)
+    batches, places = scoring_batches(datamodule([], texts), 3, Ranks())
     assert lengths(batches) == sorted(map(len, texts), reverse=True) != list(map(len, texts))
     sorted_ones = forgetting_confidence(model, batches, fisher=fisher, anchor=anchor)
     expected = forgetting_confidence(model, batches_of(texts, 3, 0), fisher=fisher, anchor=anchor)
@@ -43,7 +44,7 @@ def test_fisher_texts_are_drawn_by_the_seed_and_lie_by_length(
     make_texts: Callable[..., list[EncodedText]],
 ) -> None:
     data = datamodule(make_texts(20), [])
-    one, again, other = (fisher_batches(data, 8, 3, seed) for seed in (0, 0, 1))
+    one, again, other = (fisher_batches(data, 8, 3, seed, Ranks()) for seed in (0, 0, 1))
     torch.testing.assert_close(one, again)
     assert lengths(one) == sorted(lengths(one), reverse=True)
     assert len(lengths(one)) == 8

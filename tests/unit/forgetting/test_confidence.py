@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import batches_of
-from lwf_lightning.forgetting import gradients
+from lwf_lightning.forgetting import gradient_sinks
 from lwf_lightning.forgetting.confidence import (
     ForgettingConfidence,
     automatic_alpha,
@@ -81,7 +81,7 @@ def test_both_terms_equal_the_loop_at_any_batch_and_block_size(
     alignment, sensitivity = torch.stack(alignment), torch.stack(sensitivity)
 
     for batch_size, elements in [(1, 2**18), (3, 1), (3, 16 * 3), (7, 50)]:
-        monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(gradient_sinks.BLOCK_ELEMENTS, "cpu", elements)
         scores = forgetting_confidence(
             model, batches_of(texts, batch_size, oracle.PAD), fisher=fisher, anchor=anchor
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lwf_lightning.data.batch import batches_of
-from lwf_lightning.forgetting import gradients
+from lwf_lightning.forgetting import gradient_sinks, gradients
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.losses import per_text_loss
 
@@ -56,7 +56,7 @@ def test_blocks_of_any_size_give_the_same(
 ) -> None:
     model, texts = oracle.make_model(name), make_texts(5)
     whole = diagonal_fisher(model, batches_of(texts, 3, oracle.PAD))
-    monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(gradient_sinks.BLOCK_ELEMENTS, "cpu", elements)
 
     in_blocks = diagonal_fisher(model, batches_of(texts, 3, oracle.PAD))
 
@@ -65,10 +65,10 @@ def test_blocks_of_any_size_give_the_same(
 
 @pytest.mark.parametrize("elements", [1, 13, 6 * 3 * 2, 10**6])
 def test_row_slices_cover_every_row_once(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gradients.BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(gradient_sinks.BLOCK_ELEMENTS, "cpu", elements)
     matrix = torch.arange(21.0).view(7, 3)
 
-    slices = list(gradients.row_slices(matrix, texts=2))
+    slices = list(gradient_sinks.row_slices(matrix, texts=2))
 
     torch.testing.assert_close(torch.cat([matrix[rows] for rows in slices]), matrix)
     assert all((rows.stop - rows.start) * 3 * 2 <= max(elements, 3 * 2) for rows in slices)

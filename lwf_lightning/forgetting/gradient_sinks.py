@@ -1,0 +1,78 @@
+"""What reduces the gradients that the engine forms, and the blocks in which it gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor
+
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
+"""Elements of one block, all texts together: on a CPU it stays in the last cache and is large
+enough for every thread; on a GPU it fills the device."""
+
+
+class ParameterSink(Protocol):
+    """Reduces the gradients of one parameter, for all texts of a batch.
+
+    The parameter is seen as a matrix, see :func:`as_matrix`. The engine calls either
+    :meth:`take_block` for consecutive slices that together hold every row once, or
+    :meth:`take_touched` once. Gradients come in float32 (float64 for a float64 parameter) and may
+    be overwritten.
+    """
+
+    def take_block(self, rows: slice, gradients: Tensor) -> None:
+        """Takes in some rows of every text's gradient.
+
+        Args:
+            rows: The rows.
+            gradients: Shape (texts, rows, columns), contiguous.
+        """
+
+    def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
+        """Takes in gradients of which few rows differ from zero.
+
+        Args:
+            rows: Shape (touched,), int64, ascending.
+            texts: Shape (touched,), int64: whose gradient; no pair (row, text) comes twice.
+            gradients: Shape (touched, columns).
+        """
+
+
+class GradientSink(Protocol):
+    """Reduces the gradients of texts to what is wanted of them.
+
+    For every batch the engine calls :meth:`begin`, then :meth:`parameter` once for each parameter
+    that takes part in the loss, as soon as its gradients can be formed and while the backward
+    pass still runs. What a parameter needs (its Fisher information, an accumulator) is asked for
+    at no other time, so a sink may gather it when the context is entered and let go of it, or
+    add it up over processes, when the context is left. The contexts never overlap, and their
+    order follows from model and loss alone: it is the same in every process that runs both.
+    """
+
+    def begin(self, texts: int) -> None:
+        """Gets ready for a batch of this many texts, counted from 0 in the calls that follow."""
+
+    def parameter(self, name: str) -> AbstractContextManager[ParameterSink]:
+        """What takes in the gradients of a parameter; entered and left once per batch."""
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A parameter as (rows, columns): a vector or a number is one row; more axes are columns."""
+    return tensor.reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+
+
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """The shape of :func:`as_matrix`, also of a sharded tensor as a whole."""
+    rows = tensor.shape[0] if tensor.ndim > 1 else 1
+    return rows, tensor.numel() // max(1, rows)
+
+
+def row_slices(parameter: Tensor, texts: int) -> Iterator[slice]:
+    """Cuts a parameter into runs of rows that hold about ``BLOCK_ELEMENTS`` over all texts."""
+    elements = BLOCK_ELEMENTS.get(parameter.device.type, BLOCK_ELEMENTS["cuda"])
+    rows, columns = matrix_shape(parameter)
+    step = max(1, elements // max(1, texts * columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
