@@ -35,12 +35,13 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class LWFCLI(LightningCLI):
-    """LightningCLI with ``elicit``, ``score`` and ``estimate`` of :class:`LWFTrainer`."""
+    """LightningCLI with ``elicit``, ``score``, ``estimate`` and ``export`` of LWFTrainer."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and ours; the named arguments come from the CLI itself."""
-        ours = {name: {"model", "datamodule"} for name in ("elicit", "score", "estimate")}
+        names = ("elicit", "score", "estimate", "export")
+        ours = {name: {"model", "datamodule"} for name in names}
         return {**LightningCLI.subcommands(), **ours}
 
     def _parse_ckpt_path(self) -> None:

@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "elicit": "the base model's answers to the forgetting prompts (D_self), as JSONL",
     "score": "D_self with the forgetting confidence of each text, as JSONL",
     "estimate": "the memory that a run of this configuration takes, before anything is loaded",
+    "export": "the model of a checkpoint, sharded or not, as transformers and peft load it",
 }
 """What each does, in the order of :meth:`~lwf_lightning.cli.LWFCLI.subcommands`."""
 

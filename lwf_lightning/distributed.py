@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
 )
+from torch import nn
 
+from lwf_lightning.fsdp2 import check_sharded, shard_model
 from lwf_lightning.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -96,7 +100,24 @@ def _check_model_parallel(strategy: ModelParallelStrategy, world_size: int) -> N
             "nothing and let the ranks drift apart, and tensor parallel layers have no exact "
             f"Fisher. Set {fsdp2_lines(world_size)}"
         )
-    raise ValueError("ModelParallelStrategy (FSDP2) is not supported yet: use trainer.strategy ddp")
+
+
+def prepare_to_shard(trainer: L.Trainer) -> None:
+    """Lets all ranks draw the same numbers, and refuses a checkpoint that could run code.
+
+    Without it each rank would draw another adapter, and a sharded one would be of parts that do
+    not fit together.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).is_dir():
+            check_sharded(trainer.ckpt_path)
+        torch.set_rng_state(ranks_of(trainer).from_first(torch.get_rng_state))
+
+
+def shard(model: nn.Module, trainer: L.Trainer) -> None:
+    """Cuts the model into shards, in place, if that is the trainer's strategy."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        shard_model(model, trainer.strategy.device_mesh["data_parallel"])
 
 
 @contextmanager

@@ -11,12 +11,24 @@ from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.data.passes import forward_passes
-from lwf_lightning.distributed import check_strategy, gradient_sync, ranks_of
+from lwf_lightning.distributed import (
+    check_strategy,
+    gradient_sync,
+    prepare_to_shard,
+    ranks_of,
+    shard,
+)
 from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.evaluation import EvaluationMixin
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.schedule import ScheduleKind, UnlearningSchedule
-from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
+from lwf_lightning.forgetting.weights import (
+    copy_weights,
+    exchanged_weights,
+    trainable_parameters,
+    whole_weights,
+)
+from lwf_lightning.fsdp2 import whole_state
 from lwf_lightning.hyperparameters import changed_fields, check_ranges, lora_config
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.models import load_model, load_tokenizer
@@ -28,6 +40,7 @@ from lwf_lightning.optimization import (
     labelled_token_count,
 )
 from lwf_lightning.random_state import random_state, restore_random_state
+from lwf_lightning.shards import in_step, mesh_of, sharded_like, whole
 from lwf_lightning.unlearning import UnlearningGuard, UnlearningMixin
 
 if TYPE_CHECKING:
@@ -154,7 +167,17 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             return
         if self._trainer is not None:
             check_strategy(self.trainer)
-        self.model = load_model(  # type: ignore[assignment]  # PEFT's wrapper behaves as one
+            prepare_to_shard(self.trainer)
+        self.model = self.load_whole_model()
+        if self._trainer is not None:
+            shard(self.model, self.trainer)
+        if self.schedule.unlearns:
+            # Before a checkpoint is restored: these stay the base weights in a resumed run.
+            self.base_weights = copy_weights(self.model)
+
+    def load_whole_model(self) -> PreTrainedModel:
+        """The model as it is before training, in main memory."""
+        return load_model(  # type: ignore[return-value]  # PEFT's wrapper behaves as one
             self.hparams["model_name"],
             dtype=self.hparams["dtype"],
             attention=self.hparams["attention"],
@@ -162,9 +185,20 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             lora=self.lora,
             trust_remote_code=self.hparams["trust_remote_code"],
         )
-        if self.schedule.unlearns:
-            # Before a checkpoint is restored: these stay the base weights in a resumed run.
-            self.base_weights = copy_weights(self.model)
+
+    def whole_model(self) -> PreTrainedModel | None:
+        """The model with all its weights: itself, or put together on rank 0 if it is sharded.
+
+        All ranks have to call it; on the others it is None if it is sharded.
+        """
+        if mesh_of(self.model.parameters()) is None:
+            return self.model
+        state = whole_state(self.model)
+        if not self.trainer.is_global_zero:
+            return None
+        model = self.load_whole_model()
+        model.load_state_dict(state)
+        return model
 
     def configure_optimizers(self) -> Any:
         """AdamW for learning with its schedule; if the run unlearns, another for unlearning."""
@@ -206,9 +240,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             )
         if self.base_weights is None:
             raise ValueError("the base weights are missing: let configure_model load the model")
-        for name, parameter in self.model.named_parameters():
-            if name in self.base_weights:  # the strategy may have moved or cast the model since
-                self.base_weights[name] = self.base_weights[name].to(parameter)
+        self._place_base_weights()
         ranks_of(self.trainer).copy_first(self.base_weights.values())
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         is_scored = any(getattr(callback, "chooses_forget_set", False) for callback in callbacks)
@@ -247,6 +279,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         tokens = ranks.sum(torch.tensor(labelled_token_count(batch), device=self.device))
         loss = torch.zeros((), device=self.device, dtype=torch.float32)
         passes = forward_passes(self.model, batch, self.hparams["tokens_per_pass"])
+        passes = in_step(passes, self.model.parameters())
         for number, part in enumerate(passes, start=1):
             with gradient_sync(self.trainer, number == len(passes)):
                 part_tokens = labelled_tokens(self.model, part, allow_none=True)
@@ -254,7 +287,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
                 self.manual_backward(part_loss * ranks.world_size)  # the ranks are averaged
             loss += part_loss.detach()
         loss = ranks.sum(loss)
-        norm = clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"])
+        norm = whole(clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"]))
         if self._is_finite(norm + loss, "learning"):
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
@@ -293,7 +326,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             "skipped_steps": self.skipped_steps,
             "random_states": ranks_of(self.trainer).gather(random_state(self.device)),
             # An adapter starts at random, so a resumed run cannot find its start again.
-            "base_weights": self.base_weights if self.lora is not None else None,
+            "base_weights": None if self.lora is None else whole_weights(self.base_weights or {}),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -306,3 +339,12 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         self._random_state = states[rank] if rank < len(states) else None
         if state["base_weights"] is not None:
             self.base_weights = dict(state["base_weights"])
+            if hasattr(self, "model"):  # which some strategies have cut into shards by now
+                self._place_base_weights()
+
+    def _place_base_weights(self) -> None:
+        """Follows where the strategy has moved, cast or cut the model."""
+        base = self.base_weights or {}
+        for name, parameter in trainable_parameters(self.model).items():
+            if name in base:
+                base[name] = sharded_like(base[name], parameter).to(parameter)

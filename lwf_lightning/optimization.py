@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 
@@ -34,12 +35,32 @@ def build_adamw(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
         betas=betas,
         fused=can_fuse(trained) or None,  # None: the next best, which False would rule out
     )
+    reset_state(optimizer)
+    return optimizer
+
+
+def reset_state(optimizer: torch.optim.Optimizer) -> None:
+    """Has AdamW begin anew.
+
+    Where weights are sharded it gets the state that it would give itself at its first step: saving
+    it without one would take a step for it, and so change the run.
+    """
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(parameter, DTensor):
+                device = parameter.device if group["fused"] else "cpu"
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def build_learning_rate_schedule(

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lwf_lightning.checkpoint_io import check_whole
 from lwf_lightning.errors import DamagedFileError
 from lwf_lightning.files import whole_file, whole_folder
+from lwf_lightning.fsdp2 import check_sharded
 
 if TYPE_CHECKING:
     import lightning as L
@@ -108,6 +109,8 @@ def is_whole(checkpoint: Path) -> bool:
         if not file.is_file():
             raise DamagedFileError(f"{checkpoint} is not whole: {file.name} is missing")
         check_whole(file)
+        if checkpoint.is_dir():
+            check_sharded(checkpoint)
     except DamagedFileError as error:
         rank_zero_warn(f"{error}: an earlier one is looked for")
         return False

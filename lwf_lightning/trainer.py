@@ -21,9 +21,12 @@ from lwf_lightning.callbacks.progress import PhaseProgressBar
 from lwf_lightning.checkpoint_io import WholeCheckpointIO
 from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.distributed import check_strategy, check_strategy_flag
+from lwf_lightning.files import require_free
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.report import score_rows, write_jsonl
+from lwf_lightning.fsdp2 import load_checkpoint_weights
 from lwf_lightning.loggers import BoardLogger, TableLogger
+from lwf_lightning.models import export_model
 from lwf_lightning.module import LWFModule
 from lwf_lightning.resumption import CheckpointConnector, SignalConnector, StepLoop
 
@@ -219,6 +222,35 @@ class LWFTrainer(L.Trainer):
         console.print(table(found))
         for line in verdict(found, available(self)):
             console.print(line, highlight=False)
+
+    def export(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str = "model",
+        merge: bool = True,
+    ) -> None:
+        """Write the model of a checkpoint, sharded or not, as transformers and peft load it.
+
+        Args:
+            model: The module.
+            datamodule: Not needed.
+            ckpt_path: The checkpoint, a file or a sharded one's folder.
+            weights_only: Not needed: nothing but tensors and primitives is ever read.
+            output: Folder to write, absent or empty; with LoRA it holds ``adapter`` and ``merged``.
+            merge: Whether to write the merged model beside a LoRA adapter.
+        """
+        if not isinstance(model, LWFModule):
+            raise ValueError("export needs an LWFModule")
+        if ckpt_path is None:
+            raise ValueError("export needs --ckpt_path: a checkpoint file or folder")
+        require_free(Path(output))
+        whole = model.load_whole_model()
+        load_checkpoint_weights(whole, ckpt_path)
+        export_model(whole, model.tokenizer, output, merge=merge)
+        print(f"Exported {ckpt_path}: {output}")  # noqa: T201
 
     def _stop_early(
         self,

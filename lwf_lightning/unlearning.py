@@ -15,6 +15,7 @@ from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.objectives import Objective
+from lwf_lightning.shards import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +92,7 @@ class UnlearningMixin(L.LightningModule):
             loss = losses.where(pushed, 0.0).sum() / len(all_losses)
             self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
             limit = self.hparams["unlearning_max_grad_norm"]
-            figures["unlearn/grad_norm"] = clip_grad_norm_(self.model.parameters(), limit)
+            figures["unlearn/grad_norm"] = whole(clip_grad_norm_(self.model.parameters(), limit))
             if self._is_finite(figures["unlearn/grad_norm"], "unlearning"):
                 rows = {key: value[pushed] for key, value in batch.items()}
                 self._ascend(rows, nll[pushed], figures["unlearn/grad_norm"])

@@ -45,9 +45,10 @@ class ExportCallback(L.Callback):
         if self.folder is not None and trainer.ckpt_path is not None and folder.exists():
             rank_zero_warn(f"{folder} exists already: the model was not exported again")
             return
-        if trainer.is_global_zero:
+        model = module.whole_model()
+        if model is not None and trainer.is_global_zero:
             if self.folder is None:
                 shutil.rmtree(folder, ignore_errors=True)  # of this run, which has been resumed
-            export_model(module.model, module.tokenizer, folder, merge=self.merge)
+            export_model(model, module.tokenizer, folder, merge=self.merge)
         ranks_of(trainer).wait()
         rank_zero_info(f"Exported the model to {folder}")

@@ -28,6 +28,7 @@ from lwf_lightning.forgetting.report import write_jsonl
 from lwf_lightning.forgetting.weights import copy_weights, put_back, relative_change
 from lwf_lightning.metrics.fluency import Fluency
 from lwf_lightning.module import LWFModule
+from lwf_lightning.optimization import reset_state
 
 _ADVICE = {
     "undo and damp": "Nothing is lost; a lower model.init_args.unlearning_scale avoids it",
@@ -233,7 +234,7 @@ class AscentGuard(L.Callback):
         )
         if breach := worst or total:
             put_back(module.model, before)
-            optimizer.state.clear()
+            reset_state(optimizer)
             self._record(breach, state.undo(step, limits, damp=worst is not None))
             return
         state.kept(rise, norm)

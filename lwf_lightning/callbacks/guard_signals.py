@@ -92,11 +92,13 @@ class GuardSignals:
             batch: The texts; the first few are measured.
             nll: What it was before, shape (texts,).
         """
-        if len(nll) == 0:  # every text that is pushed is on another process
-            return self.highest(float("-inf"))
         few = {name: rows[:_JUMP_TEXTS] for name, rows in batch.items()}
+        if len(nll) == 0:  # every pushed text is on another process, which may wait for this one
+            few = {name: rows[:1] for name, rows in self._watched.items()}
         with evaluation_mode(self.module.model):
             tokens = labelled_tokens(self.module.model, few)
+        if len(nll) == 0:
+            return self.highest(float("-inf"))
         rises = tokens.per_text(tokens.token_losses()) - nll[:_JUMP_TEXTS]
         return self.highest(float(rises.mean()))
 

@@ -14,6 +14,7 @@ from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.confidence import ForgettingConfidence
 from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
+from lwf_lightning.shards import local, whole
 
 
 def log_refresh(
@@ -54,8 +55,12 @@ def write_tensors(
     One file per refresh: an earlier checkpoint goes on pointing to its own.
     """
     file = Path(str(trainer.log_dir)) / "fisher" / f"step-{trainer.global_step:06d}.safetensors"
-    parts = {"fisher": fisher, "anchor": anchor}
-    tensors = {f"{kind}/{name}": t for kind, part in parts.items() for name, t in part.items()}
+    tensors = {}
+    for kind, part in {"fisher": fisher, "anchor": anchor}.items():
+        for name, tensor in part.items():
+            gathered = whole(tensor)  # by all ranks together, one at a time
+            if trainer.is_global_zero:
+                tensors[f"{kind}/{name}"] = gathered.cpu()
     if trainer.is_global_zero:
         save_tensors(file, tensors)
     ranks_of(trainer).wait()
@@ -74,8 +79,9 @@ def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def memory_of_refresh(parameters: Mapping[str, Tensor], saved: bool) -> str:
     """Says how much memory Fisher and anchor take, and how much is written to disk."""
     count = sum(parameter.numel() for parameter in parameters.values())
-    fisher = 4 * count
-    anchor = sum(p.numel() * p.element_size() for p in parameters.values())
+    held = [local(parameter) for parameter in parameters.values()]
+    fisher = 4 * sum(part.numel() for part in held)
+    anchor = sum(part.numel() * part.element_size() for part in held)
     return (
         f"{count:,} trainable parameters; a refresh holds the Fisher "
         f"({_size(fisher)}), the anchor ({_size(anchor)}) and, while scoring, their product "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lwf_lightning.forgetting.weights import copy_weights
+from lwf_lightning.shards import whole
 
 Make = Callable[..., Any]
 GLOBAL_BATCH, GLOBAL_FORGET_BATCH = 4, 4
@@ -56,12 +59,38 @@ class Recorder(L.Callback):
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self.weights.append(copy_weights(pl_module.model))
+        weights = copy_weights(pl_module.model)
+        self.weights.append({name: whole(tensor) for name, tensor in weights.items()})
 
 
-def strategy() -> Strategy:
+def strategy(ranks: int) -> Strategy:
     """The strategy under test; it gives up on a rank that does not answer."""
-    return DDPStrategy(timeout=timedelta(seconds=60))
+    timeout = timedelta(seconds=60)
+    if os.environ.get(STRATEGY) == "fsdp2":
+        return ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False, timeout=timeout)
+    return DDPStrategy(timeout=timeout)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., None]:
+    """Runs suites of this folder on two processes; a rank that hangs is a failure."""
+
+    def run(strategy: str, *suites: str) -> None:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
+        kept |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        options = ("-x", "-Wignore", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider")
+        files = [str(Path(__file__).with_name(suite)) for suite in suites]
+        done = subprocess.run(
+            [sys.executable, "-m", *torchrun, "-m", "pytest", *options, *files],
+            env=kept | {FOLDER: str(tmp_path), STRATEGY: strategy},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-3000:]
+
+    return run
 
 
 @pytest.fixture
@@ -94,8 +123,8 @@ def make_run(
             }
         )
         callback = make_callback(**options.get("callback", {}))
-        if ranks > 1:
-            trainer_options |= {"devices": ranks, "strategy": strategy()}
+        if ranks > 1 or "RANK" in os.environ:
+            trainer_options |= {"devices": ranks, "strategy": strategy(ranks)}
         defaults = {"max_steps": 21, "limit_val_batches": None, "val_check_interval": None}
         trainer = make_trainer(callbacks=[callback, *callbacks], **(defaults | trainer_options))
         return trainer, module, data, callback

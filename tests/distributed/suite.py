@@ -1,4 +1,4 @@
-"""What two ranks do together. Run by test_ddp.py through torchrun."""
+"""What two ranks do together. Run through torchrun."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif("RANK" not in os.environ, reason="run with torch
 Make = Callable[..., Any]
 
 
-def test_equals_one_process(results_of: Make, runs: list[str], shared_folder: Path) -> None:
+def test_equals_one_process(results_of: Make, shared_folder: Path) -> None:
     expected = torch.load(shared_folder / "one_process.pt", weights_only=True)
-    for name in runs:
-        compare(results_of(name, 2), expected[name])
+    for name, one in expected.items():
+        compare(results_of(name, int(os.environ["WORLD_SIZE"])), one)
 
 
 def compare(two: dict[str, Any], one: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Cases in which ranks could part ways. Run by test_ddp.py through torchrun."""
+"""Cases in which ranks could part ways. Run through torchrun."""
 
 from __future__ import annotations
 
