@@ -178,7 +178,13 @@ def test_killed_five_times_it_ends_the_same(whole: Whole) -> None:
     whole.check(whole.interrupted("five", moments))
 
 
-@pytest.mark.parametrize("place", ["UnlearningMixin._unlearn", "EvaluationMixin._count"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "UnlearningMixin._unlearn",
+        pytest.param("EvaluationMixin._count", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_saves_after_the_step_and_leaves(place: str, whole: Whole) -> None:
     folder = whole.folder / place
     moment = {"function": place, "count": 3, "number": signal.SIGTERM}
