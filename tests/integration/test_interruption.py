@@ -278,6 +278,20 @@ def test_killed_after_any_time_it_ends_the_same(whole: Whole) -> None:
         whole.check(whole.interrupted(f"timed-{run}", moments))
 
 
+@pytest.mark.slow
+def test_a_guarded_run_that_is_killed_ends_the_same(
+    runner: Any, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    config = configuration(model_folder, data_folder, unlearning_scale=30.0, unlearning_interval=1)
+    guard = {"class_path": "lwf_lightning.callbacks.AscentGuard"}
+    config["trainer"]["callbacks"].insert(1, guard)
+    whole = Whole(tmp_path, runner, config)
+    assert "undo and damp" in (tmp_path / "whole" / "log").read_text()
+    draw = random.Random(5)
+    moments = [{"calls": draw.randrange(whole.calls // 3, whole.calls)} for _ in range(4)]
+    whole.check(whole.interrupted("guarded", moments))
+
+
 TOLD_ALONE = """
 import os, signal, sys
 from lwf_lightning.cli import main
