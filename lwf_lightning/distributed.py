@@ -83,7 +83,10 @@ def check_strategy(trainer: L.Trainer) -> None:
                 "compute would be lost with them. Set trainer.strategy to ddp, or use torchrun"
             )
     elif not isinstance(strategy, SingleDeviceStrategy):
-        raise ValueError(f"trainer.strategy {name} is not supported: set it to auto or ddp")
+        raise ValueError(
+            f"trainer.strategy {name} is not supported: set it to auto or ddp, or to FSDP2: "
+            f"{fsdp2_lines(world_size)}"
+        )
     if world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
         raise ValueError(
             "trainer.use_distributed_sampler must be false: the datamodule shares out the texts "

@@ -71,7 +71,7 @@ class LWFTrainer(L.Trainer):
             a progress bar of your own.
         ascent_guard: Whether to add an AscentGuard, unless ``callbacks`` holds one.
         default_root_dir: Folder of this experiment's runs.
-        strategy: ``auto`` or ``ddp``; see docs/multi-gpu.md.
+        strategy: ``auto``, ``ddp``, or ModelParallelStrategy for FSDP2; see docs/multi-gpu.md.
         use_distributed_sampler: Stays off: the datamodule shares out the texts itself.
         **kwargs: See Lightning's Trainer.
     """
