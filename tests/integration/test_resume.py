@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from lwf_lightning.callbacks import StepCheckpoint
 from lwf_lightning.checkpoint_io import _SummedFile
@@ -96,7 +97,7 @@ def test_a_sharded_checkpoint_is_whole_once_its_last_file_is(fit: Make, tmp_path
     content = last.read_bytes()
     last.unlink()
     last.mkdir()
-    (last / "__0_0.distcp").write_bytes(b"a shard")
+    dcp.save({"state_dict": {"a": torch.ones(3)}}, checkpoint_id=last)
     run = Path(str(trainer.log_dir))
     with pytest.warns(UserWarning, match=rf"{last.name} is not whole: meta.pt is missing"):
         assert last_whole_checkpoint(run) == before
