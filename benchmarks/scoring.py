@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +70,7 @@ def results(
     quick: bool = False,
     tokens: Sequence[int] = tuple(TIME_BARS),
     rounds: int = 7,
-    batches: int = 3,
+    batches: int = 6,
 ) -> Iterator[Result | Skipped]:
     """Every comparison; ``quick`` runs them once on a tiny model."""
     if quick:
@@ -131,7 +130,7 @@ def _smollm2(rounds: int, batches: int) -> Iterator[Result | Skipped]:
 
 def qasc_batches(batches: int) -> list[Batch]:
     """Real texts: the first of the task qasc, with SmolLM2's tokens."""
-    default = Path(__file__).parents[1] / "shared" / "data"
+    default = Path(__file__).parents[2] / "shared" / "data"
     task = get_task("qasc")
     rows = load_rows(task, "train", data_dir=os.environ.get("LWF_DATA_DIR", default))
     tokenizer = load_tokenizer("smollm2-135m")
@@ -183,10 +182,17 @@ def _peak(way: str, batches: int, *, tiny: bool) -> int:
     for run in make_ways(make_model(tiny=True), [make_batch(2, 8)]).values():
         run()  # loads libraries and their buffers
     ways = make_ways(make_model(tiny=tiny), [make_batch(TEXTS, 64) for _ in range(batches)])
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    before = pages * resource.getpagesize()
+    before = _memory_of_this_process("VmRSS")
     ways[way]()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _memory_of_this_process("VmHWM") - before
+
+
+def _memory_of_this_process(name: str) -> int:
+    """Bytes. Not from ``getrusage``, whose peak is that of the parent until it is exceeded."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {name}: memory is measured on Linux only")
 
 
 def main() -> None:
@@ -194,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", choices=TIME_BARS, default=[*TIME_BARS])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=3, help="batches in one run")
+    parser.add_argument("--batches", type=int, default=6, help="batches in one run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peak-of", metavar="WAY", help="print the extra memory of one way")
     parser.add_argument("--tiny", action="store_true", help="with --peak-of: a tiny model")

@@ -158,10 +158,9 @@ def estimate_fisher(size: ModelSize, plan: Plan) -> Parts:
 
 
 def scoring(size: ModelSize, plan: Plan) -> Parts:
-    """Fisher and its product with the distance to the anchor, and the engine's pass."""
-    each = FLOAT * size.trainable // plan.ranks
-    parts = {"Fisher": each, "Fisher x distance": each}
-    return parts | engine(size, plan, plan.scoring, per_parameter=2 * FLOAT)
+    """Fisher, and the engine's pass; the anchor is counted where it is held."""
+    fisher = {"Fisher": FLOAT * size.trainable // plan.ranks}
+    return fisher | engine(size, plan, plan.scoring, per_parameter=3 * FLOAT)
 
 
 def engine(size: ModelSize, plan: Plan, passes: Iterable[Pass], *, per_parameter: int) -> Parts:

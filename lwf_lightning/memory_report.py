@@ -31,7 +31,6 @@ _HELP = {  # part: what makes it smaller
     "moments of unlearning": f"{_LORA}; {_HALF}; {_SHARD}",
     "gradients": f"{_LORA}; {_HALF}; {_SHARD}",
     "Fisher": f"{_LORA}; {_SHARD}",
-    "Fisher x distance": f"{_LORA}; {_SHARD}",
     "anchor": f"anchor online of FisherCallback; {_LORA}",
     "start copy of the probe": f"anchor online of FisherCallback; {_LORA}",
     "cast weights": _HALF,

@@ -84,8 +84,7 @@ def memory_of_refresh(parameters: Mapping[str, Tensor], saved: bool) -> str:
     anchor = sum(part.numel() * part.element_size() for part in held)
     return (
         f"{count:,} trainable parameters; a refresh holds the Fisher "
-        f"({_size(fisher)}), the anchor ({_size(anchor)}) and, while scoring, their product "
-        f"({_size(fisher)}) in memory"
+        f"({_size(fisher)}) and the anchor ({_size(anchor)}) in memory"
         + (f", and writes {_size(fisher + anchor)} to disk" if saved else "")
     )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -176,19 +176,17 @@ class _InnerProducts:
     def __init__(
         self, model: nn.Module, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
     ) -> None:
+        self.base = trainable_parameters(model)
         self.fisher: dict[str, Tensor] = {}
-        self.weighted_difference: dict[str, Tensor] = {}  # F d, as large as a gradient
-        self.constant = 0.0
-        parameters = trainable_parameters(model)
-        for name, base in parameters.items():
+        self.anchor: dict[str, Tensor] = {}
+        constant = 0.0
+        for name, base in self.base.items():
             self.fisher[name] = sharded_like(fisher[name], base).to(base.device, torch.float32)
-            goal = sharded_like(anchor[name], base).to(base.device, torch.float32)
-            difference = base.float() - goal
-            weighted = self.fisher[name] * difference
-            flat = local(weighted).flatten(), local(difference).flatten()
-            self.constant += torch.dot(*flat).item() / 2
-            self.weighted_difference[name] = weighted
-        self.constant = sum(ranks_of_shards(parameters.values()).gather(self.constant))
+            self.anchor[name] = sharded_like(anchor[name], base).to(base.device)
+            difference = local(base).float() - local(self.anchor[name]).float()
+            weighted = local(self.fisher[name]).flatten() * difference.flatten()
+            constant += torch.dot(weighted, difference.flatten()).item() / 2
+        self.constant = sum(ranks_of_shards(self.base.values()).gather(constant))
         self.device = base.device
         self.alignment: list[Tensor] = []
         self.sensitivity: list[Tensor] = []
@@ -206,7 +204,8 @@ class _InnerProducts:
         alignment, sensitivity = (torch.zeros_like(self.alignment[-1]) for _ in range(2))
         yield _ParameterProducts(
             as_matrix(whole(self.fisher[name])),
-            as_matrix(whole(self.weighted_difference[name])),
+            as_matrix(whole(self.base[name])),
+            as_matrix(whole(self.anchor[name])),
             alignment,
             sensitivity,
         )
@@ -219,9 +218,15 @@ class _ParameterProducts:
     """Adds up <F d, g> and <F g, g> of every text over the rows of one parameter."""
 
     fisher: Tensor
-    weighted_difference: Tensor
+    base: Tensor
+    anchor: Tensor
     alignment: Tensor
     sensitivity: Tensor
+
+    @cached_property
+    def weighted_difference(self) -> Tensor:
+        """F d of this parameter. That of all of them would be as large as a gradient."""
+        return (self.base.float() - self.anchor.float()).mul_(self.fisher)
 
     def take_block(self, rows: slice, gradients: Tensor) -> None:
         """Two matrix-vector products, the second with the squares."""
@@ -232,7 +237,8 @@ class _ParameterProducts:
     def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
         """The same with the rows of each text."""
         gradients = gradients.float()
-        alignment = (self.weighted_difference[rows] * gradients).sum(dim=1)
+        difference = self.base[rows].float() - self.anchor[rows].float()
+        alignment = (difference.mul_(self.fisher[rows]) * gradients).sum(dim=1)
         self.alignment.index_add_(0, texts, alignment)
         sensitivity = (self.fisher[rows] * gradients.square_()).sum(dim=1)
         self.sensitivity.index_add_(0, texts, sensitivity)

@@ -85,7 +85,7 @@ def test_what_forgetting_adds_by_hand():
     parts = {phase.name: phase.parts for phase in phases(SIZE, LWF)}
     assert parts["probe"]["start copy of the probe"] == 40_000
     assert parts["Fisher"]["anchor"] == parts["Fisher"]["Fisher"] == 40_000
-    assert parts["scoring"]["Fisher x distance"] == 40_000
+    assert parts["scoring"]["Fisher"] == 40_000
     assert parts["unlearning step"]["moments of unlearning"] == 80_000
     assert parts["elicit"]["keys and values"] == 2 * 2 * 4 * 10 * 3 * 4
     online = phases(SIZE, replace(LWF, anchor="online"))
