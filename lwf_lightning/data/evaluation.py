@@ -35,9 +35,11 @@ class EvalItem:
     counts: bool = True
 
 
-@dataclass(frozen=True)
 class EvalBatch:
     """Examples of one task, ready for the model.
+
+    No dataclass: under ``bf16-true`` Lightning would look into it, and into its frozen examples,
+    for numbers to cast.
 
     Attributes:
         task: Name of the task.
@@ -51,13 +53,23 @@ class EvalBatch:
         counts: Whether each example counts, shape (examples,), bool; see :class:`EvalItem`.
     """
 
-    task: str
-    kind: Evaluation
-    examples: tuple[Example, ...]
-    batch: Batch
-    choice_counts: Tensor
-    labels: Tensor
-    counts: Tensor
+    def __init__(
+        self,
+        task: str,
+        kind: Evaluation,
+        examples: tuple[Example, ...],
+        batch: Batch,
+        choice_counts: Tensor,
+        labels: Tensor,
+        counts: Tensor,
+    ) -> None:
+        self.task = task
+        self.kind: Evaluation = kind
+        self.examples = examples
+        self.batch = batch
+        self.choice_counts = choice_counts
+        self.labels = labels
+        self.counts = counts
 
     def __len__(self) -> int:
         """Number of examples: the ``batch_size`` for logging."""
@@ -65,12 +77,14 @@ class EvalBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> EvalBatch:
         """A copy on a device; this method is how Lightning moves it."""
-        return replace(
-            self,
-            batch={name: tensor.to(device, **kwargs) for name, tensor in self.batch.items()},
-            choice_counts=self.choice_counts.to(device, **kwargs),
-            labels=self.labels.to(device, **kwargs),
-            counts=self.counts.to(device, **kwargs),
+        return EvalBatch(
+            self.task,
+            self.kind,
+            self.examples,
+            {name: tensor.to(device, **kwargs) for name, tensor in self.batch.items()},
+            self.choice_counts.to(device, **kwargs),
+            self.labels.to(device, **kwargs),
+            self.counts.to(device, **kwargs),
         )
 
 

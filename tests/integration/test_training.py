@@ -187,10 +187,12 @@ def test_bf16_trains_and_unlearns(
     precision: Any, make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
 ) -> None:
     module = make_module()
-    trainer = make_trainer(precision=precision, callbacks=[make_callback()])
+    validated = {"limit_val_batches": 1.0, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    trainer = make_trainer(precision=precision, callbacks=[make_callback()], **validated)
     trainer.fit(module, make_data())
     assert module.unlearning_steps == 2
     assert all(torch.isfinite(p).all() for p in module.model.parameters())
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
 
 
 def test_under_autocast_every_step_sees_the_weights_of_the_step_before(
