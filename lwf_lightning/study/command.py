@@ -1,0 +1,116 @@
+"""``python cli.py study``: performs what is missing of a study, then reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lwf_lightning.files import whole_file
+from lwf_lightning.study.config import Study
+from lwf_lightning.study.figures import draw_all
+from lwf_lightning.study.matrix import Run, comparison_runs, tuning_runs
+from lwf_lightning.study.page import write_page
+from lwf_lightning.study.results import read_records
+from lwf_lightning.study.summary import summarize
+from lwf_lightning.study.tables import markdown
+from lwf_lightning.study.workers import perform_all, perform_once, results_file
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the subcommand.
+
+    Args:
+        arguments: Arguments instead of those of the command line, without ``study``.
+    """
+    parser = ArgumentParser(
+        prog="cli.py study",
+        description="Compare methods over tasks and seeds: performs the runs that have no result "
+        "yet, then writes results.jsonl, tables, figures and one HTML page.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the study")
+    parser.add_class_arguments(Study, as_group=False)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
+    parser.add_argument("--list", action="store_true", help="list the missing runs and stop")
+    parser.add_argument("--only", help="perform this one run, by its name in --list, and stop")
+    parser.add_argument("--report", action="store_true", help="report on what is there and stop")
+    options = parser.parse_args(arguments)
+    given = parser.instantiate_classes(options)
+    fields = Study.__dataclass_fields__
+    study = Study(**{name: given[name] for name in fields})
+    console = Console()
+    if options.only:
+        _perform_named(study, options.only, console)
+        return
+    if options.list:
+        for run in missing_runs(study):
+            console.print(f"{run.identity}  {run.stage}  {', '.join(run.cells)}", soft_wrap=True)
+        return
+    if not options.report:
+        _perform_missing(study, options.workers, options.threads, console)
+    report(study, console)
+
+
+def missing_runs(study: Study) -> list[Run]:
+    """The runs without a record that can be performed now: tuning first, then what it allows."""
+    records = read_records(results_file(study))
+    known = {record["run"] for record in records}
+    runs = [*tuning_runs(study), *comparison_runs(study, records)]
+    unique = {run.identity: run for run in runs if run.identity not in known}
+    return list(unique.values())
+
+
+def report(study: Study, console: Console) -> None:
+    """Writes tables, figures and page from the records, and says where they are."""
+    records = read_records(results_file(study))
+    lines = summarize(study, records)
+    if not lines:
+        console.print("Nothing to compare yet: no run of the comparison is recorded.")
+        return
+    table = markdown(study, lines)
+    with whole_file(study.folder / "results.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    pictures = draw_all(study, lines, records)
+    write_page(study, lines, records, pictures, study.folder / "index.html")
+    console.print(table, soft_wrap=True)
+    console.print(f"Page: {study.folder / 'index.html'}", soft_wrap=True)
+
+
+def _perform_missing(study: Study, workers: int, threads: int, console: Console) -> None:
+    outcomes: Counter[str] = Counter()
+    attempted: set[str] = set()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        while runs := [run for run in missing_runs(study) if run.identity not in attempted]:
+            stage = runs[0].stage
+            now = [run for run in runs if run.stage == stage]
+            attempted.update(run.identity for run in now)
+            bar = progress.add_task(f"{study.name}: {stage}", total=len(now))
+
+            def told(run: Run, outcome: str, bar: Any = bar) -> None:
+                outcomes[outcome.split(":", 1)[0]] += 1
+                if outcome.startswith("failed"):
+                    progress.console.print(f"{run.identity}: {outcome}", soft_wrap=True)
+                progress.advance(bar)
+
+            perform_all(study, now, workers=workers, threads=threads, told=told)
+    if outcomes:
+        console.print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+
+
+def _perform_named(study: Study, name: str, console: Console) -> None:
+    for run in missing_runs(study):
+        if run.identity == name:
+            console.print(perform_once(study, run))
+            return
+    raise ValueError(f"--only: no missing run is named {name}; see --list")

@@ -1,0 +1,120 @@
+"""What a study compares: cells x methods x seeds, each run an ordinary fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        changes: What it changes in the base configuration, by the paths of
+            :func:`~lwf_lightning.study.overlay.overlaid`.
+        space: What tuning may choose for it, beside the study's common space: path -> values.
+        uses_forgetting: Whether its runs depend on the forgetting tasks. One that does not, such
+            as plain fine-tuning, is run once for all cells that share a learning task.
+        label: Its name in tables and figures; by default its key.
+    """
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, list[Any]] = field(default_factory=dict)
+    uses_forgetting: bool = True
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The same budget for every method, on the validation split alone.
+
+    Attributes:
+        trials: Settings tried per method; drawn without repeats from its space.
+        seeds: Seeds of each trial; none of them is a seed of the study itself.
+        figure: The figure to maximize, averaged over the seeds: its best over a run's validations.
+    """
+
+    trials: int = 8
+    seeds: list[int] = field(default_factory=lambda: [1000, 1001])
+    figure: str = "val/accuracy"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of methods.
+
+    Attributes:
+        name: Name of the study.
+        base: Configuration file of an ordinary fit; every run starts from it.
+        methods: The methods by key.
+        cells: Pairs of learning task and forgetting tasks: name -> changes to the base.
+        seeds: Seeds of the runs that are compared.
+        baseline: Method that gains are measured against.
+        ceiling: Method that could not be held back, such as a clean twin; None if there is none.
+        common_space: What tuning may choose for every method: path -> values.
+        tuning: None takes every method as it is written.
+        figure: The figure that is compared, measured on the test split.
+        output: Folder of runs, results and report.
+    """
+
+    name: str
+    base: str
+    methods: dict[str, Method]
+    cells: dict[str, dict[str, Any]]
+    seeds: list[int]
+    baseline: str = "vanilla"
+    ceiling: str | None = None
+    common_space: dict[str, list[Any]] = field(default_factory=dict)
+    tuning: Tuning | None = None
+    figure: str = "test/accuracy"
+    output: str = "runs/studies"
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before anything is run.
+
+        Raises:
+            ValueError: If a named method is missing, there is nothing to compare, or seeds of
+                tuning and comparison overlap.
+        """
+        for role, key in (("baseline", self.baseline), ("ceiling", self.ceiling)):
+            if key is not None and key not in self.methods:
+                raise ValueError(f"{role}: {key!r} is no key of methods: {', '.join(self.methods)}")
+        if not self.cells or not self.seeds:
+            raise ValueError("cells and seeds must not be empty: there would be nothing to run")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds names one twice: {self.seeds}")
+        if self.tuning is not None:
+            if self.tuning.trials < 1 or not self.tuning.seeds:
+                raise ValueError("tuning needs at least one trial and one seed")
+            if shared := set(self.tuning.seeds) & set(self.seeds):
+                raise ValueError(
+                    f"tuning.seeds and seeds share {sorted(shared)}: a method would be chosen "
+                    "on the runs it is judged by"
+                )
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this study."""
+        return Path(self.output) / self.name
+
+    def base_config(self) -> dict[str, Any]:
+        """Reads the base configuration.
+
+        Raises:
+            ValueError: If the file is missing or holds no named values.
+        """
+        path = Path(self.base)
+        if not path.is_file():
+            raise ValueError(f"base: {path} does not exist")
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"base: {path} holds no configuration")
+        return config
+
+    def label(self, method: str) -> str:
+        """The name of a method in tables and figures."""
+        return self.methods[method].label or method

@@ -1,0 +1,187 @@
+"""The results of a study as pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from lwf_lightning.files import whole_file
+from lwf_lightning.study.config import Study
+from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.summary import Line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GREY, RED, BLUE = "#7f7f7f", "#d62728", "#1f77b4"
+
+
+def draw_all(study: Study, lines: Sequence[Line], records: Sequence[Record]) -> dict[str, Path]:
+    """Draws what there is to draw, one set of pictures per cell.
+
+    Returns:
+        Title -> PNG file in the study's folder.
+    """
+    pictures: dict[str, Path] = {}
+    for cell in study.cells:
+        own = [line for line in lines if line.cell == cell]
+        if not own:
+            continue
+        runs = [r for r in records if cell in r["cells"] and r["stage"] == "comparison"]
+        drawn = {
+            "gain": gains(study, own),
+            "curves": learning_curves(study, runs),
+            "confidence": confidences(study, runs),
+            "cost": costs(study, own),
+        }
+        for kind, figure in drawn.items():
+            if figure is not None:
+                path = study.folder / "figures" / f"{cell}-{kind}.png"
+                with whole_file(path) as temporary:
+                    figure.savefig(temporary, dpi=110, format="png")
+                pictures[f"{cell}: {TITLES[kind]}"] = path
+    return pictures
+
+
+TITLES = {
+    "gain": "gain over the baseline",
+    "curves": "learning curves",
+    "confidence": "forgetting confidence",
+    "cost": "time and memory",
+}
+
+
+def gains(study: Study, lines: Sequence[Line]) -> Figure | None:
+    """A dot and a 95 % interval per method, best first."""
+    shown = sorted(
+        (line for line in lines if line.method != study.baseline), key=lambda line: line.gain.gain
+    )
+    if not shown:
+        return None
+    figure = _figure(8, 0.9 + 0.32 * len(shown))
+    axes = figure.subplots()
+    for place, line in enumerate(shown):
+        gain = line.gain
+        colour = BLUE if line.method == study.ceiling else RED
+        if not math.isnan(gain.low):
+            axes.plot([100 * gain.low, 100 * gain.high], [place, place], color=colour, lw=2)
+        axes.plot(100 * gain.gain, place, "o", color=colour)
+    axes.axvline(0, color=GREY, lw=1, ls="--")
+    axes.set_yticks(range(len(shown)), [study.label(line.method) for line in shown])
+    seeds = sorted({line.gain.seeds for line in shown})
+    told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    axes.set_xlabel(
+        f"{study.figure} minus {study.label(study.baseline)}, points "
+        f"(mean and 95 % interval, {told} seeds)"
+    )
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
+    """Mean validation curve of each method over its seeds."""
+    figure_name = study.tuning.figure if study.tuning else "val/accuracy"
+    curves: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        steps, values = record["curves"].get(figure_name, ([], []))
+        for step, value in zip(steps, values, strict=True):
+            curves.setdefault(record["method"], {}).setdefault(step, []).append(value)
+    if not curves:
+        return None
+    figure = _figure(8, 4.2)
+    axes = figure.subplots()
+    for method in (m for m in study.methods if m in curves):
+        points = sorted(curves[method].items())
+        style: dict[str, Any] = {"lw": 1.3}
+        if method == study.baseline:
+            style = {"lw": 2.5, "color": "black"}
+        elif method == study.ceiling:
+            style = {"lw": 2, "color": GREY, "ls": "--"}
+        axes.plot(
+            [step for step, _ in points],
+            [fmean(values) for _, values in points],
+            "o-",
+            ms=3,
+            label=study.label(method),
+            **style,
+        )
+    axes.set(xlabel="learning step", ylabel=f"{figure_name}, mean over seeds")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
+    """Histograms of forgetting confidence with the chosen part marked: each method's first run."""
+    scored = [(r, rows) for r in _first_of_each(study, records) if (rows := last_scores(r))]
+    if not scored:
+        return None
+    columns = min(3, len(scored))
+    lines = math.ceil(len(scored) / columns)
+    figure = _figure(3.6 * columns, 2.7 * lines)
+    every = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (record, rows) in zip(every, scored, strict=False):
+        values = {
+            chosen: [row["confidence"] for row in rows if row["selected"] == chosen]
+            for chosen in (False, True)
+        }
+        axes.hist(
+            [values[False], values[True]],
+            bins=30,
+            stacked=True,
+            color=["#bbbbbb", RED],
+            label=["kept", "chosen to be forgotten"],
+        )
+        axes.set_title(f"{study.label(record['method'])} (seed {record['seed']})", fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+        axes.xaxis.get_offset_text().set_fontsize(7)
+    for axes in every[len(scored) :]:
+        axes.set_axis_off()
+    every[0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("forgetting confidence, constant left out", fontsize=9)
+    figure.supylabel("texts", fontsize=9)
+    return figure
+
+
+def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
+    """Time and memory as multiples of the baseline's."""
+    figure = _figure(8, 0.9 + 0.32 * len(lines))
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [study.label(line.method) for line in lines]
+    for axes, values, title in (
+        (left, [line.seconds for line in lines], "time of a run"),
+        (right, [line.memory for line in lines], "peak memory of a run"),
+    ):
+        bars = axes.barh(names, values, color=GREY)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        axes.axvline(1, color="black", lw=1, ls="--")
+        axes.set_xlabel(f"{title}, multiple of {study.label(study.baseline)}", fontsize=8)
+        axes.set_xlim(0, 1.15 * max(values))
+    left.invert_yaxis()
+    return figure
+
+
+def last_scores(record: Record) -> list[dict[str, Any]]:
+    """Rows of the last refresh of a run; none if its folder is gone or nothing was scored."""
+    files = sorted((Path(record["log"]) / "scores").glob("step-*.jsonl"))
+    if not files:
+        return []
+    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+
+
+def _first_of_each(study: Study, records: Iterable[Record]) -> list[Record]:
+    first: dict[str, Record] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        first.setdefault(record["method"], record)
+    return [first[method] for method in study.methods if method in first]
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

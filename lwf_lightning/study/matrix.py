@@ -1,0 +1,176 @@
+"""The runs of a study: which there are, and what each one's configuration is."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, TypeAlias
+
+from lwf_lightning.study.config import Method, Study
+from lwf_lightning.study.overlay import looked_up, overlaid
+
+Stage: TypeAlias = Literal["tuning", "comparison"]
+Record: TypeAlias = Mapping[str, Any]
+"""One line of ``results.jsonl``."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit of a study.
+
+    Attributes:
+        stage: Whether it chooses a setting or is compared.
+        cells: The cells that it belongs to; several where it does not depend on what is forgotten.
+        method: Key of the method.
+        seed: Seed of the order of batches and of everything drawn.
+        setting: What tuning chose or tries, by path.
+        config: The whole configuration of the fit.
+    """
+
+    stage: Stage
+    cells: tuple[str, ...]
+    method: str
+    seed: int
+    setting: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Name of the run; the same configuration always has the same."""
+        text = json.dumps(self.config, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return f"{self.method}-{self.seed}-{digest}"
+
+
+def settings_of(study: Study, method: str) -> list[dict[str, Any]]:
+    """The settings that tuning tries for a method: the same for every cell.
+
+    Drawn without repeats from the common space and the method's own, by the names of study and
+    method; all of them where the space is no larger than the budget.
+    """
+    spec: Method = study.methods[method]
+    space = {**study.common_space, **spec.space}
+    if study.tuning is None or not space:
+        return [{}]
+    every = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    if len(every) <= study.tuning.trials:
+        return every
+    return random.Random(f"{study.name}:{method}").sample(every, study.tuning.trials)
+
+
+def tuning_runs(study: Study) -> list[Run]:
+    """The runs that choose each method's setting; none without tuning."""
+    if study.tuning is None:
+        return []
+    return [
+        run
+        for method in study.methods
+        for setting in settings_of(study, method)
+        for seed in study.tuning.seeds
+        for run in _runs(study, "tuning", method, seed, {cell: setting for cell in study.cells})
+    ]
+
+
+def comparison_runs(study: Study, records: Iterable[Record]) -> list[Run]:
+    """The runs that are compared; of each method with tuning, once all its trials are recorded.
+
+    Args:
+        study: The study.
+        records: What is recorded so far.
+    """
+    by_run = {record["run"]: record for record in records}
+    chosen = {
+        method: {cell: best_setting(study, method, cell, by_run) for cell in study.cells}
+        for method in study.methods
+    }
+    return [
+        run
+        for method, settings in chosen.items()
+        for seed in study.seeds
+        for run in _runs(
+            study, "comparison", method, seed, {c: s for c, s in settings.items() if s is not None}
+        )
+    ]
+
+
+def best_setting(
+    study: Study, method: str, cell: str, by_run: Mapping[str, Record]
+) -> dict[str, Any] | None:
+    """The setting with the best mean validation figure; the first one of equals.
+
+    Returns:
+        None as long as a trial has no record.
+    """
+    settings = settings_of(study, method)
+    if study.tuning is None or len(settings) == 1:
+        return settings[0]
+    means = []
+    for setting in settings:
+        found = [
+            by_run.get(run.identity)
+            for seed in study.tuning.seeds
+            for run in _runs(study, "tuning", method, seed, {cell: setting}, among=study.cells)
+        ]
+        if any(record is None for record in found):
+            return None
+        means.append(fmean(record["validation"] for record in found if record is not None))
+    return settings[max(range(len(settings)), key=means.__getitem__)]
+
+
+def _runs(
+    study: Study,
+    stage: Stage,
+    method: str,
+    seed: int,
+    settings: Mapping[str, Mapping[str, Any]],
+    among: Iterable[str] | None = None,
+) -> Iterator[Run]:
+    """One run per cell, or one for all the cells whose configurations are the same."""
+    cells_of: dict[str, list[str]] = {}
+    runs: dict[str, Run] = {}
+    for cell, setting in settings.items():
+        config = run_config(study, method, cell, seed, setting, list(among or study.cells))
+        run = Run(stage, (cell,), method, seed, setting, config)
+        runs.setdefault(run.identity, run)
+        cells_of.setdefault(run.identity, []).append(cell)
+    for identity, run in runs.items():
+        cells = tuple(cells_of[identity])
+        yield Run(stage, cells, method, seed, run.setting, run.config)
+
+
+def run_config(
+    study: Study,
+    method: str,
+    cell: str,
+    seed: int,
+    setting: Mapping[str, Any],
+    cells: Sequence[str],
+) -> dict[str, Any]:
+    """The whole configuration of a run; its folder is named by what runs it."""
+    spec = study.methods[method]
+    config = overlaid(study.base_config(), study.cells[cell])
+    config = overlaid(config, spec.changes)
+    if not spec.uses_forgetting:
+        tasks = _forgetting_tasks_beside(study, cell, cells)
+        config = overlaid(config, {"data.forgetting_tasks": tasks})
+    config = overlaid(config, setting)
+    return overlaid(config, {"seed_everything": seed, "data.seed": seed, "model.seed": seed})
+
+
+def _forgetting_tasks_beside(study: Study, cell: str, cells: Sequence[str]) -> list[str]:
+    """All forgetting tasks of the cells with this cell's learning task: to be evaluated on."""
+    configs = {name: overlaid(study.base_config(), study.cells[name]) for name in cells}
+    learning = looked_up(configs[cell], "data.learning_task")
+    return sorted(
+        {
+            task
+            for config in configs.values()
+            if looked_up(config, "data.learning_task") == learning
+            for task in looked_up(config, "data.forgetting_tasks") or []
+        }
+    )

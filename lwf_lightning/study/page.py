@@ -1,0 +1,115 @@
+"""The results of a study as one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lwf_lightning.files import whole_file
+from lwf_lightning.study.config import Study
+from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.summary import Line
+from lwf_lightning.study.tables import HEADINGS, cells_of, forgetting_cells
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
+  color: #222; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-top: 1px solid #ddd; padding-top: 1em; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 13px; display: block;
+  overflow-x: auto; }
+th, td { padding: 4px 10px; border-bottom: 1px solid #e5e5e5; text-align: right;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { border-bottom: 2px solid #999; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
+tr.baseline td { background: #f4f4f4; font-weight: 600; }
+img { max-width: 100%; height: auto; margin: 0.5em 0 1.5em; } code { font-size: 12px; }
+details { margin: 1em 0; } .note { color: #666; font-size: 13px; }
+"""
+
+
+def write_page(
+    study: Study,
+    lines: Sequence[Line],
+    records: Sequence[Record],
+    pictures: Mapping[str, Path],
+    path: Path,
+) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+        study: The study.
+        lines: Its summary.
+        records: All its records, for commands and versions.
+        pictures: Title -> PNG file; each is put into the page.
+        path: The HTML file.
+    """
+    body = [
+        f"<h1>Study: {html.escape(study.name)}</h1>",
+        f'<p class="note">{html.escape(_provenance(study, records))}</p>',
+        "<p>Gains are differences to the baseline, seed by seed, in points of "
+        f"<code>{html.escape(study.figure)}</code>, with 95&nbsp;% intervals of Student's t; p is "
+        "of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons of the "
+        "study. Time and memory are multiples of the baseline's medians.</p>",
+    ]
+    for cell in study.cells:
+        own = [line for line in lines if line.cell == cell]
+        if not own:
+            continue
+        body.append(f"<h2>{html.escape(cell)}</h2>")
+        marks = ["baseline" if line.method == study.baseline else "" for line in own]
+        body.append(_table(HEADINGS, [cells_of(study, line) for line in own], marks))
+        body += [
+            f'<h3>{html.escape(title.split(": ", 1)[1])}</h3><img alt="{html.escape(title)}" '
+            f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+            for title, file in pictures.items()
+            if title.startswith(f"{cell}: ")
+        ]
+        rows = [
+            (study.label(line.method), *cells) for line in own for cells in forgetting_cells(line)
+        ]
+        if rows:
+            heads = ("method", "forgetting task", "accuracy before, %", "after, %")
+            body.append("<h3>forgetting tasks, unseen prompts</h3>" + _table(heads, rows))
+    body.append(_commands(records))
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(study.name)}</title><style>{_STYLE}</style></head><body>"
+        + "\n".join(body)
+        + "</body></html>\n"
+    )
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _provenance(study: Study, records: Sequence[Record]) -> str:
+    commits = sorted({str(record["commit"]) for record in records})
+    versions = records[-1]["versions"] if records else {}
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    compared = sum(record["stage"] == "comparison" for record in records)
+    return (
+        f"{compared} runs compared and {len(records) - compared} for tuning, from {study.base}; "
+        f"commit {', '.join(commits)}; {told}"
+    )
+
+
+def _commands(records: Sequence[Record]) -> str:
+    rows = [
+        (r["method"], str(r["seed"]), r["stage"], f"{r['seconds']:.0f} s", r["command"])
+        for r in records
+    ]
+    table = _table(("method", "seed", "stage", "time", "command"), rows)
+    return f"<details><summary>Every run and its command</summary>{table}</details>"
+
+
+def _table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] | None = None
+) -> str:
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    lines = [
+        f'<tr class="{mark}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row, mark in zip(rows, marks or [""] * len(rows), strict=True)
+    ]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -1,0 +1,109 @@
+"""One run of a study: an ordinary fit, then its test, then a line of results."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lwf_lightning.files import whole_file
+from lwf_lightning.study.config import Study
+from lwf_lightning.study.matrix import Run
+from lwf_lightning.study.overlay import overlaid
+
+_PACKAGES = ("lwf-lightning", "torch", "lightning", "transformers")
+
+
+def perform(study: Study, run: Run) -> dict[str, Any]:
+    """Fits and tests, in this process.
+
+    Args:
+        study: The study.
+        run: One of its runs.
+
+    Returns:
+        The record: what was run and how, figures of the test split, curves of the validation
+        split, seconds and the process's peak memory in bytes.
+
+    Raises:
+        ValueError: If the fit logged no validation figure to choose by.
+    """
+    from lwf_lightning.cli import main as command_line
+
+    folder = study.folder / "runs" / run.identity
+    file = write_config(study, run)
+    start = time.perf_counter()
+    cli = command_line(["fit", "--config", str(file)])
+    seconds = time.perf_counter() - start
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    log = Path(str(cli.trainer.log_dir))
+    curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy"))
+    chosen_by = study.tuning.figure if study.tuning else "val/accuracy"
+    if chosen_by not in curves:
+        raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
+    return {
+        "run": run.identity,
+        "study": study.name,
+        "stage": run.stage,
+        "cells": list(run.cells),
+        "method": run.method,
+        "seed": run.seed,
+        "setting": dict(run.setting),
+        "command": shlex.join(["python", "cli.py", "fit", "--config", str(file)]),
+        "folder": str(folder),
+        "log": str(log),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "figures": {name: value for name, value in figures.items() if name.startswith("test/")},
+        "validation": curves[chosen_by][1][-1],
+        "curves": curves,
+        "seconds": seconds,
+        "peak_memory": peak_memory(),
+    }
+
+
+def write_config(study: Study, run: Run) -> Path:
+    """Writes the run's configuration into its folder and returns the file."""
+    folder = study.folder / "runs" / run.identity
+    file = folder / "run.yaml"
+    config = overlaid(run.config, {"trainer.default_root_dir": str(folder)})
+    with whole_file(file) as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def read_curves(path: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of the figures of ``metrics.csv`` whose names begin in a given way."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name.startswith(prefixes):
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(int(float(row["step"])))
+                    values.append(float(value))
+    return curves
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the package lies in, ``-dirty`` with changes; or None."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return found.stdout.strip() or None

@@ -1,0 +1,91 @@
+"""The records of a study as the numbers that tables and figures show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from lwf_lightning.study.config import Study
+from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.statistics import Gain, adjusted_p_values, gain_over
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method in a cell.
+
+    Attributes:
+        cell: The cell.
+        method: Key of the method.
+        gain: Its figure, and its gain over the baseline.
+        adjusted_p_value: The paired test's, adjusted for all comparisons of the study.
+        forgetting: Forgetting task -> its mean accuracy before training and after, on prompts of
+            the validation split, which are not among those elicited.
+        seconds: Median time of a run, as a multiple of the baseline's.
+        memory: Median peak memory of a run, as a multiple of the baseline's.
+        setting: What tuning chose.
+    """
+
+    cell: str
+    method: str
+    gain: Gain
+    adjusted_p_value: float
+    forgetting: Mapping[str, tuple[float, float]]
+    seconds: float
+    memory: float
+    setting: Mapping[str, Any]
+
+
+def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
+    """One line per cell and method that has runs, in the order of the study."""
+    compared = [record for record in records if record["stage"] == "comparison"]
+    found: list[tuple[str, str, Gain, list[Record], list[Record]]] = []
+    for cell in study.cells:
+        runs = {m: _runs_of(compared, cell, m) for m in study.methods}
+        figures = {
+            m: {r["seed"]: r["figures"][study.figure] for r in own} for m, own in runs.items()
+        }
+        ceiling = figures[study.ceiling] if study.ceiling else None
+        for method in study.methods:
+            gain = gain_over(figures[method], figures[study.baseline], ceiling)
+            if gain is not None:
+                found.append((cell, method, gain, runs[method], runs[study.baseline]))
+    tested = [
+        float("nan") if method == study.baseline else gain.p_value
+        for _, method, gain, _, _ in found
+    ]
+    return [
+        Line(
+            cell=cell,
+            method=method,
+            gain=gain,
+            adjusted_p_value=p_value,
+            forgetting=_forgetting(own),
+            seconds=_multiple("seconds", own, baseline),
+            memory=_multiple("peak_memory", own, baseline),
+            setting=own[0]["setting"],
+        )
+        for (cell, method, gain, own, baseline), p_value in zip(
+            found, adjusted_p_values(tested), strict=True
+        )
+    ]
+
+
+def _runs_of(records: Sequence[Record], cell: str, method: str) -> list[Record]:
+    return [r for r in records if r["method"] == method and cell in r["cells"]]
+
+
+def _forgetting(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    prefix = "forget/accuracy_"
+    names = {n for r in records for n in r["curves"] if n.startswith(prefix)}
+    curves = {n: [r["curves"][n][1] for r in records if n in r["curves"]] for n in sorted(names)}
+    return {
+        name.removeprefix(prefix): (fmean(v[0] for v in values), fmean(v[-1] for v in values))
+        for name, values in curves.items()
+    }
+
+
+def _multiple(name: str, own: Sequence[Record], baseline: Sequence[Record]) -> float:
+    return float(median(r[name] for r in own) / median(r[name] for r in baseline))

@@ -1,0 +1,153 @@
+"""Which runs a study has, and what tuning chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lwf_lightning.study.config import Method, Study, Tuning
+from lwf_lightning.study.matrix import comparison_runs, settings_of, tuning_runs
+from lwf_lightning.study.overlay import looked_up, overlaid
+
+BASE = {
+    "seed_everything": 0,
+    "trainer": {
+        "max_steps": 60,
+        "callbacks": [{"class_path": "lwf_lightning.FisherCallback", "init_args": {"seed": 0}}],
+    },
+    "model": {"class_path": "lwf_lightning.LWFModule", "init_args": {"learning_rate": 1.0}},
+    "data": {
+        "class_path": "lwf_lightning.LWFDataModule",
+        "init_args": {"learning_task": "a", "forgetting_tasks": ["b"]},
+    },
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return str(path)
+
+
+def make(base: str, **options: Any) -> Study:
+    defaults: dict[str, Any] = {
+        "name": "small",
+        "methods": {
+            "vanilla": Method({"model.schedule": "never"}, uses_forgetting=False),
+            "lwf": Method(space={"model.unlearning_scale": [0.1, 0.2]}),
+        },
+        "cells": {
+            "a-b": {"data.forgetting_tasks": ["b"]},
+            "a-c": {"data.forgetting_tasks": ["c"]},
+            "d-b": {"data.learning_task": "d", "data.forgetting_tasks": ["b"]},
+        },
+        "seeds": [0, 1],
+    }
+    return Study(base=base, **(defaults | options))
+
+
+def test_a_path_leads_through_arguments_and_lists_of_classes() -> None:
+    changed = overlaid(
+        BASE,
+        {
+            "model.schedule": "never",
+            "trainer.callbacks.FisherCallback.strategy": "lowest",
+            "data.seed": 4,
+        },
+    )
+    assert looked_up(changed, "model.schedule") == "never"
+    assert looked_up(changed, "model.learning_rate") == 1.0
+    callback = changed["trainer"]["callbacks"][0]
+    assert callback["init_args"] == {"seed": 0, "strategy": "lowest"}
+    assert looked_up(BASE, "trainer.callbacks.FisherCallback.strategy") is None
+    assert "schedule" not in BASE["model"]["init_args"]  # the base is untouched
+
+
+def test_a_path_to_nowhere_names_itself() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.callbacks\.Guard\.x: the list holds no Guard"):
+        overlaid(BASE, {"trainer.callbacks.Guard.x": 1})
+    with pytest.raises(ValueError, match=r"trainer\.max_steps\.more: max_steps holds no"):
+        overlaid(BASE, {"trainer.max_steps.more": 1})
+
+
+def test_every_cell_method_and_seed_has_a_run_and_vanilla_is_shared(base: str) -> None:
+    runs = comparison_runs(make(base), [])
+    assert len({run.identity for run in runs}) == len(runs)
+    vanilla = [run for run in runs if run.method == "vanilla"]
+    assert sorted((run.cells, run.seed) for run in vanilla) == [
+        (("a-b", "a-c"), 0),
+        (("a-b", "a-c"), 1),
+        (("d-b",), 0),
+        (("d-b",), 1),
+    ]
+    both = next(run for run in vanilla if run.cells == ("a-b", "a-c"))
+    assert looked_up(both.config, "data.forgetting_tasks") == ["b", "c"]
+    assert len([run for run in runs if run.method == "lwf"]) == 6
+
+
+def test_the_seed_reaches_every_part_of_a_run(base: str) -> None:
+    run = next(run for run in comparison_runs(make(base), []) if run.seed == 1)
+    for path in ("seed_everything", "data.seed", "model.seed"):
+        assert looked_up(run.config, path) == 1
+
+
+def test_every_method_gets_the_same_number_of_trials(base: str) -> None:
+    study = make(
+        base,
+        common_space={"model.learning_rate": [float(n) for n in range(10)]},
+        tuning=Tuning(trials=4, seeds=[7, 8]),
+    )
+    assert [len(settings_of(study, method)) for method in study.methods] == [4, 4]
+    assert settings_of(study, "lwf") == settings_of(study, "lwf")
+    drawn = settings_of(study, "lwf")
+    assert len({tuple(setting.items()) for setting in drawn}) == 4
+    assert comparison_runs(study, []) == []  # nothing is compared before its trials are done
+
+
+def test_the_best_mean_validation_figure_is_chosen_for_each_cell(base: str) -> None:
+    study = make(
+        base, common_space={"model.learning_rate": [1.0, 2.0]}, tuning=Tuning(seeds=[7, 8])
+    )
+    trials = tuning_runs(study)
+    best = {"a-b": 2.0, "a-c": 2.0, "d-b": 1.0}
+
+    def validation(cells: tuple[str, ...], setting: Any, seed: int) -> float:
+        hit = setting["model.learning_rate"] == best[cells[0]]
+        return (0.9 if hit else 0.5) + (0.3 if seed == 7 and not hit else 0.0)
+
+    records = [
+        {"run": run.identity, "validation": validation(run.cells, run.setting, run.seed)}
+        for run in trials
+    ]
+    runs = comparison_runs(study, records)
+    assert {c: run.setting["model.learning_rate"] for run in runs for c in run.cells} == best
+    missing = [record for record in records if record["run"] != trials[0].identity]
+    untuned = {run.method for run in comparison_runs(study, missing) if "a-b" in run.cells}
+    assert untuned == {"lwf"}  # vanilla lacks a trial
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baseline": "nothing"}, "baseline: 'nothing' is no key of methods: vanilla, lwf"),
+        ({"ceiling": "twin"}, "ceiling: 'twin' is no key"),
+        ({"seeds": []}, "cells and seeds must not be empty"),
+        ({"seeds": [1, 1]}, "seeds names one twice"),
+        ({"tuning": Tuning(seeds=[1, 5])}, r"tuning\.seeds and seeds share \[1\]"),
+        ({"tuning": Tuning(trials=0)}, "at least one trial"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(
+    base: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(base, **options)
+
+
+def test_a_missing_base_names_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"base: .*none\.yaml does not exist"):
+        make(str(tmp_path / "none.yaml")).base_config()

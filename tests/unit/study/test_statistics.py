@@ -1,0 +1,65 @@
+"""Gains, intervals and shares against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lwf_lightning.study.statistics import adjusted_p_values, gain_over
+
+BASELINE = {0: 0.50, 1: 0.62, 2: 0.55, 3: 0.58}
+METHOD = {0: 0.61, 1: 0.63, 2: 0.66, 3: 0.60, 9: 0.99}
+CEILING = {0: 0.90, 1: 0.95, 2: 0.85, 3: 0.92}
+
+
+def test_gain_is_paired_by_common_seeds() -> None:
+    gain = gain_over(METHOD, BASELINE)
+    assert gain is not None
+    differences = np.array([0.11, 0.01, 0.11, 0.02])
+    assert gain.seeds == 4
+    assert gain.gain == pytest.approx(differences.mean())
+    half = stats.t.ppf(0.975, 3) * differences.std(ddof=1) / 2
+    assert (gain.low, gain.high) == pytest.approx((gain.gain - half, gain.gain + half))
+    paired = stats.ttest_rel([METHOD[s] for s in BASELINE], list(BASELINE.values()))
+    assert gain.p_value == pytest.approx(paired.pvalue)
+    assert gain.recovered is None
+
+
+def test_recovered_share_is_the_ratio_of_means_with_a_bootstrap_over_seeds() -> None:
+    gain = gain_over(METHOD, BASELINE, CEILING)
+    assert gain is not None
+    won = np.array([METHOD[s] - BASELINE[s] for s in BASELINE])
+    gap = np.array([CEILING[s] - BASELINE[s] for s in BASELINE])
+    assert gain.recovered == pytest.approx(won.sum() / gap.sum())
+    every = [won[list(i)].sum() / gap[list(i)].sum() for i in itertools.product(range(4), repeat=4)]
+    assert gain.recovered_low == pytest.approx(np.quantile(every, 0.025), abs=0.01)
+    assert gain.recovered_high == pytest.approx(np.quantile(every, 0.975), abs=0.01)
+
+
+def test_one_seed_and_no_spread_have_no_interval() -> None:
+    one = gain_over({0: 0.7}, {0: 0.5}, {0: 0.9})
+    assert one is not None
+    assert math.isnan(one.low)
+    assert one.recovered == pytest.approx(0.5)
+    same = gain_over({0: 0.75, 1: 0.75}, {0: 0.5, 1: 0.5})
+    assert same is not None
+    assert (same.low, same.high) == (0.25, 0.25)
+    assert gain_over({0: 1.0}, {1: 1.0}) is None
+
+
+def test_no_gap_no_share() -> None:
+    gain = gain_over({0: 0.7}, {0: 0.5}, {0: 0.4})
+    assert gain is not None
+    assert gain.recovered is None
+
+
+def test_adjustment_is_that_of_benjamini_and_hochberg() -> None:
+    p = [0.001, 0.02, 0.03, 0.5]
+    ranked = [p[i] * len(p) / (i + 1) for i in range(len(p))]
+    expected = [min(ranked[i:]) for i in range(len(p))]
+    assert adjusted_p_values(p) == pytest.approx(expected)
+    assert math.isnan(adjusted_p_values([float("nan")])[0])
