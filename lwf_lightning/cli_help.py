@@ -16,8 +16,10 @@ SUBCOMMANDS = {
     "score": "D_self with the forgetting confidence of each text, as JSONL",
     "estimate": "the memory that a run of this configuration takes, before anything is loaded",
     "export": "the model of a checkpoint, sharded or not, as transformers and peft load it",
+    "study": "methods compared over tasks and seeds: tables, figures and one HTML page",
 }
-"""What each does, in the order of :meth:`~lwf_lightning.cli.LWFCLI.subcommands`."""
+"""What each does, in the order of :meth:`~lwf_lightning.cli.LWFCLI.subcommands`; a study is no fit
+of its own and comes last."""
 
 HELP = """\
 usage: python cli.py SUBCOMMAND [options]

@@ -8,8 +8,11 @@ import pytest
 import yaml
 
 from lwf_lightning.cli import main
+from lwf_lightning.study.command import main as study_command
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -25,9 +28,17 @@ def test_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 assert printed[part]["init_args"][name] == value
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_runs_of_a_study_are_listed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study_command(["--config", str(path), "--output", str(path.parent / "none"), "--list"])
+    listed = capsys.readouterr().out.splitlines()
+    written = yaml.safe_load(path.read_text())
+    assert len(listed) == len(written["methods"]) * len(written["cells"]) * len(written["seeds"])
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=lambda path: path.stem)
 def test_says_what_it_shows_how_long_it_takes_and_what_it_needs(path: Path) -> None:
-    opening = path.read_text().split("\nseed_everything", 1)[0]
-    assert all(line.startswith("#") for line in opening.splitlines())
+    lines = path.read_text().splitlines()
+    opening = "\n".join(lines[: next(n for n, line in enumerate(lines) if line[:1] != "#")])
     for word in ("Shows:", "Takes:", "Needs:"):
         assert word in opening

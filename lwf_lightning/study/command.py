@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Arguments instead of those of the command line, without ``study``.
     """
-    parser = ArgumentParser(
+    parser = OneLineErrorParser(
         prog="cli.py study",
         description="Compare methods over tasks and seeds: performs the runs that have no result "
         "yet, then writes results.jsonl, tables, figures and one HTML page.",
@@ -40,9 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="perform this one run, by its name in --list, and stop")
     parser.add_argument("--report", action="store_true", help="report on what is there and stop")
     options = parser.parse_args(arguments)
-    given = parser.instantiate_classes(options)
-    fields = Study.__dataclass_fields__
-    study = Study(**{name: given[name] for name in fields})
+    with clear_errors():
+        given = parser.instantiate_classes(options)
+        _act(Study(**{name: given[name] for name in Study.__dataclass_fields__}), options)
+
+
+def _act(study: Study, options: Any) -> None:
     console = Console()
     if options.only:
         _perform_named(study, options.only, console)

@@ -35,7 +35,7 @@ class Tuning:
     Attributes:
         trials: Settings tried per method; drawn without repeats from its space.
         seeds: Seeds of each trial; none of them is a seed of the study itself.
-        figure: The figure to maximize, averaged over the seeds: its best over a run's validations.
+        figure: The figure to maximize, averaged over the seeds: that of a run's last validation.
     """
 
     trials: int = 8

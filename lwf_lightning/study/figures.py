@@ -100,7 +100,7 @@ def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
         if method == study.baseline:
             style = {"lw": 2.5, "color": "black"}
         elif method == study.ceiling:
-            style = {"lw": 2, "color": GREY, "ls": "--"}
+            style = {"lw": 2, "color": GREY, "alpha": 0.7}
         axes.plot(
             [step for step, _ in points],
             [fmean(values) for _, values in points],

@@ -6,6 +6,7 @@ import csv
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,9 @@ _PACKAGES = ("lwf-lightning", "torch", "lightning", "transformers")
 
 
 def perform(study: Study, run: Run) -> dict[str, Any]:
-    """Fits and tests, in this process.
+    """Fits and tests, in this process; a run that was interrupted goes on where it was.
+
+    The checkpoints are removed in the end: the configuration makes them again.
 
     Args:
         study: The study.
@@ -42,7 +45,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     folder = study.folder / "runs" / run.identity
     file = write_config(study, run)
     start = time.perf_counter()
-    cli = command_line(["fit", "--config", str(file)])
+    cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
     seconds = time.perf_counter() - start
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
@@ -51,6 +54,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     chosen_by = study.tuning.figure if study.tuning else "val/accuracy"
     if chosen_by not in curves:
         raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
+    shutil.rmtree(log / "checkpoints", ignore_errors=True)
     return {
         "run": run.identity,
         "study": study.name,

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_is_the_real_command_lines() -> None:
-    assert list(SUBCOMMANDS) == list(LWFCLI.subcommands())
+    assert list(SUBCOMMANDS) == [*LWFCLI.subcommands(), "study"]
 
 
 def test_the_help_fits_a_terminal_and_names_files_that_exist() -> None:

@@ -1,0 +1,126 @@
+"""A small study from its configuration to the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from lwf_lightning.study.command import main, missing_runs, report
+from lwf_lightning.study.config import Method, Study, Tuning
+from lwf_lightning.study.workers import perform_once, results_file
+
+
+@pytest.fixture
+def study(tmp_path: Path, model_folder: Path, data_folder: Path) -> Study:
+    base = {
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "val_check_interval": 1,
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": 1,
+            "ascent_guard": False,
+            "callbacks": [
+                {
+                    "class_path": "lwf_lightning.FisherCallback",
+                    "init_args": {"probe_steps": 2, "save_tensors": False},
+                }
+            ],
+        },
+        "model": {
+            "class_path": "lwf_lightning.LWFModule",
+            "init_args": {"model_name": str(model_folder), "unlearning_interval": 1},
+        },
+        "data": {
+            "class_path": "lwf_lightning.LWFDataModule",
+            "init_args": {
+                "data_dir": str(data_folder),
+                "learning_task": "learn",
+                "forgetting_tasks": ["forget"],
+                "custom_tasks": {
+                    "learn": {"choices": "choices", "label": "label"},
+                    "forget": {"answer": "answer"},
+                },
+                "batch_size": 4,
+                "max_new_tokens": 4,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+        },
+    }
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(base))
+    return Study(
+        name="small",
+        base=str(file),
+        methods={
+            "vanilla": Method({"model.schedule": "never"}, uses_forgetting=False),
+            "lwf": Method(label="LWF", space={"model.unlearning_scale": [0.1, 0.2]}),
+        },
+        cells={"learn": {}},
+        seeds=[0, 1],
+        tuning=Tuning(trials=2, seeds=[7]),
+        output=str(tmp_path / "studies"),
+    )
+
+
+def test_a_study_tunes_compares_and_reports(study: Study) -> None:
+    performed = 0
+    while found := missing_runs(study):
+        for run in found:
+            assert perform_once(study, run) == "done"
+            assert perform_once(study, run) == "recorded"
+            performed += 1
+    lines = [json.loads(line) for line in results_file(study).read_text().splitlines()]
+    assert performed == len(lines)
+    stages = sorted((line["stage"], line["method"]) for line in lines)
+    assert stages.count(("comparison", "vanilla")) == stages.count(("comparison", "lwf")) == 2
+    assert stages.count(("tuning", "lwf")) == 2
+    for line in lines:
+        assert 0 <= line["figures"]["test/accuracy"] <= 1
+        assert line["seconds"] > 0
+        assert line["peak_memory"] > 0
+        assert Path(line["folder"], "run.yaml").exists()
+
+    report(study, Console(quiet=True))
+    page = (study.folder / "index.html").read_text()
+    assert "LWF" in page
+    assert page.count("data:image/png;base64,") == len(list(study.folder.glob("figures/*.png"))) > 2
+    assert "http" not in page.replace("http-equiv", "")
+    table = (study.folder / "results.md").read_text()
+    assert "| LWF | 2 |" in table
+
+
+def test_a_failed_run_says_where_to_look_and_leaves_no_record(study: Study) -> None:
+    broken = Study(**{**vars(study), "cells": {"learn": {"data.data_dir": "nowhere"}}})
+    outcome = perform_once(broken, missing_runs(broken)[0])
+    assert outcome.startswith("failed: ")
+    assert "output.txt" in outcome
+    assert not results_file(broken).exists()
+
+
+def test_errors_of_the_command_are_one_line(
+    capsys: pytest.CaptureFixture[Any], tmp_path: Path
+) -> None:
+    config = tmp_path / "study.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "name": "n",
+                "base": "none.yaml",
+                "methods": {"vanilla": {}},
+                "cells": {"a": {}},
+                "seeds": [0],
+            }
+        )
+    )
+    with pytest.raises(SystemExit):
+        main(["--config", str(config), "--list"])
+    assert capsys.readouterr().err == "error: base: none.yaml does not exist\n"
