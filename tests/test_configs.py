@@ -29,8 +29,11 @@ def test_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_runs_of_a_study_are_listed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study_command(["--config", str(path), "--output", str(path.parent / "none"), "--list"])
+def test_the_runs_of_a_study_are_listed(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study_command(["--config", str(path), "--output", str(ROOT / "runs" / "none"), "--list"])
     listed = capsys.readouterr().out.splitlines()
     written = yaml.safe_load(path.read_text())
     assert len(listed) == len(written["methods"]) * len(written["cells"]) * len(written["seeds"])
