@@ -81,7 +81,7 @@ class StepCheckpoint(Checkpoint):
         step = trainer.global_step
         path = self._folder / "checkpoints" / f"step-{step:06d}.ckpt"
         self.best_model_path = str(path)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # optimizers and counters, too
         self._saved_at = step
         if trainer.is_global_zero:
             # A later one was damaged when the run was resumed before it.
