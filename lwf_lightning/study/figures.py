@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lwf_lightning.files import whole_file
@@ -72,6 +72,7 @@ def gains(study: Study, lines: Sequence[Line]) -> Figure | None:
         axes.plot(100 * gain.gain, place, "o", color=colour)
     axes.axvline(0, color=GREY, lw=1, ls="--")
     axes.set_yticks(range(len(shown)), [study.label(line.method) for line in shown])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     seeds = sorted({line.gain.seeds for line in shown})
     told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     axes.set_xlabel(
@@ -129,17 +130,17 @@ def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
             chosen: [row["confidence"] for row in rows if row["selected"] == chosen]
             for chosen in (False, True)
         }
+        edges, scale = _wide_range([*values[False], *values[True]])
+        axes.set_xscale("symlog", linthresh=scale)  # a few texts lie far above all others
         axes.hist(
             [values[False], values[True]],
-            bins=30,
+            bins=edges,
             stacked=True,
             color=["#bbbbbb", RED],
             label=["kept", "chosen to be forgotten"],
         )
         axes.set_title(f"{study.label(record['method'])} (seed {record['seed']})", fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
-        axes.xaxis.get_offset_text().set_fontsize(7)
     for axes in every[len(scored) :]:
         axes.set_axis_off()
     every[0].legend(frameon=False, fontsize=7)
@@ -172,6 +173,13 @@ def last_scores(record: Record) -> list[dict[str, Any]]:
     if not files:
         return []
     return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+
+
+def _wide_range(values: Sequence[float]) -> tuple[list[float], float]:
+    """Edges of 30 bins, even on an axis that is linear up to five medians and logarithmic on."""
+    scale = 5 * median(abs(value) for value in values) or 1.0
+    low, high = math.asinh(min(values) / scale), math.asinh(max(values) / scale)
+    return [scale * math.sinh(low + (high - low) * n / 30) for n in range(31)], scale
 
 
 def _first_of_each(study: Study, records: Iterable[Record]) -> list[Record]:
