@@ -11,25 +11,22 @@ than its own ``stop_strings``. Both give the same answers, up to ties within rou
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
+from benchmarks.harness import DATA, Result, Skipped, ratio_of_medians, take_turns
 from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.generation import _cut, _stop_check, eos_token_ids, generate_answers
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.tasks import get_task, load_rows
 
-DATA = Path(os.environ.get("LWF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 TASKS = ("psychol", "dental", "qasc", "gsm8k", "sst5")
 WORK, PLAIN = "elicitation, tokens per second", "generate in data order, batch 8"
 

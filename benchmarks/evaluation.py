@@ -15,8 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.elicitation import DATA
-from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
+from benchmarks.harness import DATA, Result, Skipped, ratio_of_medians, take_turns
 from lwf_lightning.data.evaluation import eval_items, eval_loader
 from lwf_lightning.metrics import choice, choice_log_likelihoods
 from lwf_lightning.models import load_model, load_tokenizer

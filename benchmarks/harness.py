@@ -10,11 +10,17 @@ code, some seconds long: its figures mean nothing, but it shows that the benchma
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
+
+DATA = Path(os.environ.get("LWF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+"""Folder of the real tasks, one folder each."""
 
 
 @dataclass(frozen=True)
@@ -96,3 +102,13 @@ def take_turns(
 def ratio_of_medians(first: Sequence[float], second: Sequence[float]) -> float:
     """The median of the first divided by that of the second."""
     return median(first) / median(second)
+
+
+def resident() -> tuple[int, int]:
+    """Highest resident set since it was last forgotten, and the present one, in bytes (Linux).
+
+    Not from ``getrusage``, whose peak in a child process begins with its parent's.
+    """
+    status = Path("/proc/self/status").read_text()
+    peak, now = (re.search(rf"{key}:\s+(\d+) kB", status) for key in ("VmHWM", "VmRSS"))
+    return int(peak[1]) * 1024, int(now[1]) * 1024  # type: ignore[index]

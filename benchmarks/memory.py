@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import pkgutil
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Result, Skipped
+from benchmarks.harness import Result, Skipped, resident
 
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
@@ -142,13 +141,6 @@ class _Watch:
                 self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
 
         return run
-
-
-def resident() -> tuple[int, int]:
-    """Highest resident set since it was last forgotten, and the present one, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    peak, now = (re.search(rf"{key}:\s+(\d+) kB", status) for key in ("VmHWM", "VmRSS"))
-    return int(peak[1]) * 1024, int(now[1]) * 1024  # type: ignore[index]
 
 
 def forget_peak() -> None:

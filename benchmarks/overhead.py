@@ -27,8 +27,8 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.harness import Result, Skipped
-from benchmarks.training import DATA, MODEL, StepEnds, half_width_model
+from benchmarks.harness import DATA, Result, Skipped
+from benchmarks.training import MODEL, StepEnds, half_width_model
 from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
 from lwf_lightning.callbacks import fisher as refresh
 from lwf_lightning.trainer import LWFTrainer

@@ -10,7 +10,6 @@ beyond what model, Fisher, anchor and texts already take.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
+from benchmarks.harness import DATA, Result, Skipped, ratio_of_medians, resident, take_turns
 from benchmarks.scoring_ways import (
     FISHER,
     OPACUS,
@@ -130,9 +129,8 @@ def _smollm2(rounds: int, batches: int) -> Iterator[Result | Skipped]:
 
 def qasc_batches(batches: int) -> list[Batch]:
     """Real texts: the first of the task qasc, with SmolLM2's tokens."""
-    default = Path(__file__).parents[2] / "shared" / "data"
     task = get_task("qasc")
-    rows = load_rows(task, "train", data_dir=os.environ.get("LWF_DATA_DIR", default))
+    rows = load_rows(task, "train", data_dir=DATA)
     tokenizer = load_tokenizer("smollm2-135m")
     texts, _ = encode_examples(tokenizer, task.examples(rows[: TEXTS * batches]), 256)
     return list(batches_of(texts, TEXTS, tokenizer.pad_token_id))
@@ -182,17 +180,9 @@ def _peak(way: str, batches: int, *, tiny: bool) -> int:
     for run in make_ways(make_model(tiny=True), [make_batch(2, 8)]).values():
         run()  # loads libraries and their buffers
     ways = make_ways(make_model(tiny=tiny), [make_batch(TEXTS, 64) for _ in range(batches)])
-    before = _memory_of_this_process("VmRSS")
+    _, before = resident()
     ways[way]()
-    return _memory_of_this_process("VmHWM") - before
-
-
-def _memory_of_this_process(name: str) -> int:
-    """Bytes. Not from ``getrusage``, whose peak is that of the parent until it is exceeded."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {name}: memory is measured on Linux only")
+    return resident()[0] - before
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
 import tempfile
 import time
@@ -21,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -41,14 +39,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from benchmarks.harness import Result, Skipped
+from benchmarks.harness import DATA, Result, Skipped
 from lwf_lightning import LWFDataModule, LWFModule
 from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText, collate
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.trainer import LWFTrainer
 
 MODEL = "smollm2-135m"
-DATA = Path(os.environ.get("LWF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 OURS = "LWFModule, schedule never"
 Way = Callable[[], tuple[float, float]]
 """Trains from the start; tokens of answers per second by the clock, and of processor time."""
