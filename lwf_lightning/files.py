@@ -98,6 +98,29 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock file; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        path: The lock file; it is made and stays.
+        wait: Whether to wait for the lock; else an unavailable one is not taken.
+
+    Yields:
+        Whether the lock is held.
+    """
+    import fcntl  # not on Windows, where the rest of the package runs without it
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
 def require_free(folder: Path) -> None:
     """Raises ``ValueError`` unless the path is absent or an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -23,6 +23,8 @@ from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.forgetting.confidence import ForgettingConfidence, forgetting_confidence
 from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
+from lwf_lightning.forgetting.gradients import TextLoss
+from lwf_lightning.forgetting.probe_cache import shared_probe
 from lwf_lightning.forgetting.select import (
     SelectionStrategy,
     check_selection,
@@ -63,6 +65,9 @@ class FisherCallback(L.Callback):
         probe_steps: Steps of the probe, at least 1.
         probe_learning_rate: Its peak learning rate; None takes the module's ``learning_rate``.
         probe_batch_size: Texts per step of the probe.
+        probe_folder: Folder that keeps the probe for other runs with the same base weights,
+            learning texts and probe settings; each takes as much room as what trains of the
+            model. None keeps nothing.
         batch_size: Texts per backward pass of Fisher and scoring; changes memory and speed only.
         save_tensors: Whether Fisher and anchor are written to ``fisher/step-<n>.safetensors`` in
             the run folder at each refresh, 8 bytes per trainable parameter in float32.
@@ -97,6 +102,7 @@ class FisherCallback(L.Callback):
         probe_steps: int = 64,
         probe_learning_rate: float | None = None,
         probe_batch_size: int = 16,
+        probe_folder: str | None = None,
         batch_size: int = 8,
         save_tensors: bool = True,
         seed: int = 0,
@@ -120,6 +126,8 @@ class FisherCallback(L.Callback):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if probe_folder is not None and anchor != "probe":
+            raise ValueError(f"probe_folder keeps probes, and anchor {anchor!r} needs none")
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha must be above 0, got {alpha}")
         check_selection(strategy, forgetting_rate, threshold)
@@ -135,6 +143,7 @@ class FisherCallback(L.Callback):
         self.probe_steps = probe_steps
         self.probe_learning_rate = probe_learning_rate
         self.probe_batch_size = probe_batch_size
+        self.probe_folder = probe_folder
         self.batch_size = batch_size
         self.save_tensors = save_tensors
         self.seed = seed
@@ -190,6 +199,12 @@ class FisherCallback(L.Callback):
                 "FisherCallback needs `learning_batches` and `forget_batches` with a "
                 f"{type(pl_module).__name__}"
             )
+        has_own_loss = hasattr(pl_module, "per_text_loss")
+        if self.probe_folder and (has_own_loss or not isinstance(pl_module, LWFModule)):
+            raise ValueError(
+                f"FisherCallback's probe_folder cannot know what a {type(pl_module).__name__} "
+                "minimizes: leave it out"
+            )
         parameters = trainable_parameters(pl_module.model)  # type: ignore[arg-type]
         for name in self._base_weights or {}:  # the strategy may have moved or cast the model
             self._base_weights[name] = self._base_weights[name].to(parameters[name])  # type: ignore[index]
@@ -231,14 +246,7 @@ class FisherCallback(L.Callback):
         with trainer.precision_plugin.forward_context():
             if self.anchor == "probe":
                 with exchanged_weights(model, base):
-                    probed = probe_anchor(
-                        model,
-                        self._probe_batches(data),
-                        learning_rate=self._probe_rate(pl_module),
-                        text_loss=text_loss,
-                        progress=True,
-                        ranks=ranks,
-                    )
+                    probed = self._probe(trainer, pl_module, text_loss)
                 with exchanged_weights(model, probed):
                     fisher = diagonal_fisher(model, learning, **fisher_options)
             else:
@@ -284,6 +292,29 @@ class FisherCallback(L.Callback):
         if self.tensors_file is None:
             raise ValueError("no Fisher was saved: there was no refresh, or save_tensors is off")
         return read_tensors(self.tensors_file)
+
+    def _probe(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, text_loss: TextLoss | None
+    ) -> dict[str, Tensor]:
+        """Computes the probe, or finds that of an earlier run; the model holds the base weights."""
+        model: torch.nn.Module = pl_module.model  # type: ignore[assignment]
+        batches = self._probe_batches(getattr(trainer, "datamodule", None))
+        rate, ranks = self._probe_rate(pl_module), ranks_of(trainer)
+
+        def compute() -> dict[str, Tensor]:
+            return probe_anchor(
+                model,
+                batches,
+                learning_rate=rate,
+                text_loss=text_loss,
+                progress=True,
+                ranks=ranks,
+            )
+
+        if self.probe_folder is None:
+            return compute()
+        settings = {"learning_rate": rate, "precision": str(trainer.precision)}
+        return shared_probe(self.probe_folder, model, batches, settings, compute, ranks=ranks)
 
     def _probe_rate(self, pl_module: L.LightningModule) -> float:
         rate = self.probe_learning_rate

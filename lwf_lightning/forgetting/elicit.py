@@ -223,7 +223,7 @@ def _fingerprint(base: Any, content: object) -> str:
     LoRA share what they elicit.
     """
     digest = hashlib.sha256()
-    config = {k: v for k, v in base.config.to_dict().items() if k not in _NOT_IN_FINGERPRINT}
+    config = comparable_config(base)
     digest.update(json.dumps([config, content], sort_keys=True, default=str).encode())
     for name, tensor in base.state_dict().items():
         if ".lora_" in name:
@@ -233,6 +233,11 @@ def _fingerprint(base: Any, content: object) -> str:
         data: Any = whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()[:32]
+
+
+def comparable_config(base: Any) -> dict[str, Any]:
+    """The architecture of a model, without what does not change what it computes."""
+    return {k: v for k, v in base.config.to_dict().items() if k not in _NOT_IN_FINGERPRINT}
 
 
 def _write_cache(path: Path, fingerprint: str, knowledge: SelfKnowledge) -> None:

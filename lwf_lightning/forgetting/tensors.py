@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file(on_cpu, temporary, metadata={"sha256": _sum(on_cpu)})
+        save_file(on_cpu, temporary, metadata={"sha256": checksum(sorted(on_cpu.items()))})
 
 
 def load_tensors(path: str | Path, *, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def load_tensors(path: str | Path, *, model: nn.Module | None = None) -> dict[st
             }
     except (SafetensorError, ValueError) as error:
         raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from error
-    if written != _sum(tensors):
+    if written != checksum(sorted(tensors.items())):
         raise DamagedFileError(f"{path} is damaged: its sha256 is not the one inside")
     if model is not None:
         check_fit(tensors, model, what=str(path))
@@ -85,10 +85,11 @@ def check_fit(tensors: Mapping[str, Tensor], model: nn.Module, *, what: str) -> 
             )
 
 
-def _sum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, shapes, types and bytes, in the order given; one at a time on the CPU."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(memoryview(data))
     return digest.hexdigest()

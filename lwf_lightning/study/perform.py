@@ -19,7 +19,7 @@ import yaml
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
-from lwf_lightning.study.overlay import overlaid
+from lwf_lightning.study.overlay import looked_up, overlaid
 
 _PACKAGES = ("lwf-lightning", "torch", "lightning", "transformers")
 
@@ -81,9 +81,19 @@ def write_config(study: Study, run: Run) -> Path:
     folder = study.folder / "runs" / run.identity
     file = folder / "run.yaml"
     config = overlaid(run.config, {"trainer.default_root_dir": str(folder)})
+    for callback in looked_up(config, "trainer.callbacks") or []:
+        if isinstance(callback, dict) and callback["class_path"].endswith(".FisherCallback"):
+            _share(study, callback.setdefault("init_args", {}))
     with whole_file(file) as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return file
+
+
+def _share(study: Study, arguments: dict[str, Any]) -> None:
+    """Has runs share their probes, and keep no Fisher, unless the study says otherwise."""
+    if arguments.get("anchor", "probe") == "probe":
+        arguments.setdefault("probe_folder", str(study.folder / "shared" / "probes"))
+    arguments.setdefault("save_tensors", False)
 
 
 def read_curves(path: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[list[int], list[float]]]:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock file; the system lets go of it when the process ends, however it ends.
-
-    Args:
-        path: The lock file; it is made and stays.
-        wait: Whether to wait for the lock; else an unavailable one is not taken.
-
-    Yields:
-        Whether the lock is held.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+from lwf_lightning.files import locked
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

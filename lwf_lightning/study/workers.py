@@ -11,10 +11,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from pathlib import Path
 
+from lwf_lightning.files import locked
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
 from lwf_lightning.study.perform import perform
-from lwf_lightning.study.results import append_record, locked, read_records
+from lwf_lightning.study.results import append_record, read_records
 
 
 def results_file(study: Study) -> Path:

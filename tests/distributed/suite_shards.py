@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lwf_lightning.data.batch import batches_of
 from lwf_lightning.forgetting import diagonal_fisher, forgetting_confidence
 from lwf_lightning.forgetting.anchor import probe_anchor
+from lwf_lightning.forgetting.probe_cache import shared_probe
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
 from lwf_lightning.fsdp2 import shard_model
 from lwf_lightning.generation import generate_answers
@@ -184,6 +185,26 @@ def test_the_probe_equals_that_of_one_process(
     found = probe_anchor(model, batches, learning_rate=1e-3, ranks=RANKS)
     torch.testing.assert_close(whole_of(found), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole_of(copy_weights(model)), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_shared_probe_comes_back_on_every_rank(
+    mesh: DeviceMesh, oracle: Any, make_texts: Make, tmp_path: Path, cut: bool
+) -> None:
+    batches = list(batches_of(make_texts(7), 3, pad_token_id=0))
+    folder = RANKS.from_first(lambda: str(tmp_path))
+    found: list[dict[str, Tensor]] = []
+    for _ in range(2):
+        model = oracle.make_model("llama_tied")
+        model = sharded(model, mesh) if cut else model
+
+        def compute(model: nn.Module = model) -> dict[str, Tensor]:
+            assert not found
+            return probe_anchor(model, batches, learning_rate=1e-3, ranks=RANKS)
+
+        found.append(shared_probe(folder, model, batches, {}, compute, ranks=RANKS))
+    assert all(isinstance(tensor, DTensor) == cut for tensor in found[1].values())
+    torch.testing.assert_close(whole_of(found[1]), whole_of(found[0]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "lora"])

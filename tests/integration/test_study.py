@@ -88,6 +88,9 @@ def test_a_study_tunes_compares_and_reports(study: Study) -> None:
         assert line["seconds"] > 0
         assert line["peak_memory"] > 0
         assert Path(line["folder"], "run.yaml").exists()
+    # one probe served all: seeds change the order of learning, not what is learned
+    probes = list((study.folder / "shared" / "probes").glob("*.safetensors"))
+    assert len(probes) == 1
 
     report(study, Console(quiet=True))
     page = (study.folder / "index.html").read_text()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lwf_lightning.study.results import append_record, locked, read_records
+from lwf_lightning.files import locked
+from lwf_lightning.study.results import append_record, read_records
 
 
 def _append_many(path: Path, writer: int) -> None:
