@@ -55,3 +55,13 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model.init_args.tokens_per_pass must be at least 1, got {values['tokens_per_pass']}"
         )
+    if values["regularizer_options"] and values["regularizer"] is None:
+        raise ValueError(
+            "model.init_args.regularizer_options are for a regularizer: set "
+            "model.init_args.regularizer"
+        )
+    if values["regularizer"] == "bss" and values["tokens_per_pass"] is not None:
+        raise ValueError(
+            "model.init_args.regularizer bss looks at a step's whole batch together: leave out "
+            "tokens_per_pass"
+        )

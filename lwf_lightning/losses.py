@@ -57,6 +57,20 @@ def _accepts_logits_to_keep(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def labelled_columns(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The positions from which a labelled token is predicted.
+
+    Args:
+        batch: ``labels`` of shape (texts, tokens).
+
+    Returns:
+        Whether the token after each position but the last is labelled, shape (texts, tokens - 1);
+        and the positions at which that is so in some text, ascending.
+    """
+    wanted = batch["labels"][:, 1:] != IGNORE_INDEX  # the first token is never predicted
+    return wanted, wanted.any(dim=0).nonzero().squeeze(1)
+
+
 def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False) -> LabelledTokens:
     """Runs the model and keeps the logits of the labelled positions.
 
@@ -73,10 +87,7 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
     Raises:
         ValueError: If no position of the batch carries a label, unless that is allowed.
     """
-    labels = batch["labels"]
-    shifted = labels[:, 1:]  # position t is predicted from t - 1; the first token never is
-    wanted = shifted != IGNORE_INDEX
-    columns = wanted.any(dim=0).nonzero().squeeze(1)
+    wanted, columns = labelled_columns(batch)
     if columns.numel() == 0 and not allow_none:
         raise ValueError("the batch has no labelled token: every label is -100, so it has no loss")
     inputs: dict[str, Any] = {
@@ -93,9 +104,9 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
     text, column = wanted[:, columns].nonzero(as_tuple=True)
     return LabelledTokens(
         logits=logits[text, column],
-        targets=shifted[:, columns][text, column],
+        targets=batch["labels"][:, 1:][:, columns][text, column],
         text=text,
-        texts=labels.shape[0],
+        texts=len(batch["labels"]),
     )
 
 

@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.data.passes import forward_passes
 from lwf_lightning.distributed import (
     check_strategy,
-    gradient_sync,
     prepare_to_shard,
     ranks_of,
     shard,
@@ -30,17 +27,17 @@ from lwf_lightning.forgetting.weights import (
 )
 from lwf_lightning.fsdp2 import whole_state
 from lwf_lightning.hyperparameters import changed_fields, check_ranges, lora_config
-from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.learning import LearningMixin
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.objectives import ObjectiveName, build_objective
 from lwf_lightning.optimization import (
     LearningRateSchedule,
     build_adamw,
     build_learning_rate_schedule,
-    labelled_token_count,
 )
 from lwf_lightning.random_state import random_state, restore_random_state
-from lwf_lightning.shards import in_step, mesh_of, sharded_like, whole
+from lwf_lightning.regularizers import RegularizerName, WeightPull, build_regularizer
+from lwf_lightning.shards import mesh_of, sharded_like
 from lwf_lightning.unlearning import UnlearningGuard, UnlearningMixin
 
 if TYPE_CHECKING:
@@ -50,7 +47,7 @@ if TYPE_CHECKING:
     from lwf_lightning.datamodule import LWFDataModule
 
 
-class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
+class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModule):
     """Fine-tunes a causal LM on the learning task and unlearns the forget set in between.
 
     Optimization is manual: each training batch is one learning step, before which the schedule
@@ -74,6 +71,9 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         tokens_per_pass: A step's batch goes through the model in passes of texts of similar
             length, whose gradients add up to the same step; a pass holds at most so many tokens,
             padding included, but at least one text. None: as many as are quickest.
+        regularizer: A structural baseline that is added to the learning loss: ``bss``, ``l2sp``
+            or ``ewc``; see :mod:`lwf_lightning.regularizers`. ``srs`` is an empty slot.
+        regularizer_options: Options of the regularizer, such as ``{"strength": 0.01}``.
         schedule: When to unlearn; see :class:`~lwf_lightning.forgetting.UnlearningSchedule`.
         unlearning_interval: Learning steps between two unlearning steps (N_u of the paper).
         ahead_steps: Unlearning steps before the first learning step, for ``ahead`` and
@@ -98,7 +98,7 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
 
     model: PreTrainedModel
     base_weights: dict[str, Tensor] | None = None
-    """The trainable weights before the run (theta_base); kept only if the schedule unlearns."""
+    """The trainable weights before the run (theta_base); kept only if something needs them."""
 
     def __init__(
         self,
@@ -116,6 +116,8 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         warmup_ratio: float = 0.01,
         max_grad_norm: float = 1.0,
         tokens_per_pass: int | None = None,
+        regularizer: RegularizerName | None = None,
+        regularizer_options: dict[str, float] | None = None,
         schedule: ScheduleKind = "periodic",
         unlearning_interval: int = 8,
         ahead_steps: int = 20,
@@ -136,6 +138,9 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         check_ranges(self.hparams)
         self.schedule = UnlearningSchedule(schedule, unlearning_interval, ahead_steps, seed)
         self.objective = build_objective(objective, objective_options)
+        self.regularizer = (
+            None if regularizer is None else build_regularizer(regularizer, regularizer_options)
+        )
         self.unlearning_steps = 0
         self.skipped_steps = 0
         self.phase = "learning"
@@ -171,9 +176,20 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
         self.model = self.load_whole_model()
         if self._trainer is not None:
             shard(self.model, self.trainer)
-        if self.schedule.unlearns:
+        if self.needs_base_weights:
             # Before a checkpoint is restored: these stay the base weights in a resumed run.
             self.base_weights = copy_weights(self.model)
+
+    @property
+    def needs_base_weights(self) -> bool:
+        """Whether the run looks back at theta_base."""
+        return self.schedule.unlearns or isinstance(self.regularizer, WeightPull)
+
+    @property
+    def needs_self_knowledge(self) -> bool:
+        """Whether the run has the base model answer the forgetting prompts."""
+        pull = self.regularizer
+        return self.schedule.unlearns or (isinstance(pull, WeightPull) and pull.needs_fisher)
 
     def load_whole_model(self) -> PreTrainedModel:
         """The model as it is before training, in main memory."""
@@ -231,20 +247,22 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Elicits the self-knowledge from the base weights; the cache makes that quick again."""
-        if not self.schedule.unlearns:
+        if not self.needs_base_weights:
             return
-        if not hasattr(self._data, "self_knowledge"):
-            raise TypeError(
-                "unlearning needs a datamodule with self-knowledge, such as LWFDataModule; "
-                f"got {type(self._data).__name__}"
-            )
         if self.base_weights is None:
             raise ValueError("the base weights are missing: let configure_model load the model")
         self._place_base_weights()
         ranks_of(self.trainer).copy_first(self.base_weights.values())
+        if not self.needs_self_knowledge:
+            return
+        if not hasattr(self._data, "self_knowledge"):
+            raise TypeError(
+                "unlearning and regularizer 'ewc' need a datamodule with self-knowledge, such as "
+                f"LWFDataModule; got {type(self._data).__name__}"
+            )
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         is_scored = any(getattr(callback, "chooses_forget_set", False) for callback in callbacks)
-        if not is_scored and self.hparams["without_scores"] == "refuse":
+        if self.schedule.unlearns and not is_scored and self.hparams["without_scores"] == "refuse":
             raise ValueError(
                 "nothing chooses what to forget: add lwf_lightning.FisherCallback to "
                 "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
@@ -252,7 +270,9 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
             )
         with exchanged_weights(self.model, self.base_weights):
             self._data.elicit_self_knowledge(self.model)
-        if not is_scored:
+            if isinstance(self.regularizer, WeightPull) and self.regularizer.needs_fisher:
+                self._estimate_regularizer_fisher()
+        if self.schedule.unlearns and not is_scored:
             knowledge = cast(SelfKnowledge, self._data.self_knowledge)
             self._data.set_forget_set(range(len(knowledge.texts)))
 
@@ -271,32 +291,6 @@ class LWFModule(UnlearningMixin, EvaluationMixin, L.LightningModule):
                 self._unlearn()
             self._unlearned_before = step
         self._learn(batch)
-
-    def _learn(self, batch: Batch) -> None:
-        optimizers = self.optimizers()
-        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
-        ranks = ranks_of(self.trainer)
-        tokens = ranks.sum(torch.tensor(labelled_token_count(batch), device=self.device))
-        loss = torch.zeros((), device=self.device, dtype=torch.float32)
-        passes = forward_passes(self.model, batch, self.hparams["tokens_per_pass"])
-        passes = in_step(passes, self.model.parameters())
-        for number, part in enumerate(passes, start=1):
-            with gradient_sync(self.trainer, number == len(passes)):
-                part_tokens = labelled_tokens(self.model, part, allow_none=True)
-                part_loss = part_tokens.token_losses().sum() / tokens
-                self.manual_backward(part_loss * ranks.world_size)  # the ranks are averaged
-            loss += part_loss.detach()
-        loss = ranks.sum(loss)
-        norm = whole(clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"]))
-        if self._is_finite(norm + loss, "learning"):
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            cast(Any, self.lr_schedulers()).step()
-            # The x-axis of what this step logs: its number. Lightning's own would count batches.
-            self.log("step", float(self.trainer.global_step))
-            self.log("train/loss", loss, prog_bar=True)
-            self.log_dict({"train/learning_rate": rate, "train/grad_norm": norm})
-        optimizer.zero_grad()
 
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         if bool(torch.isfinite(value)):

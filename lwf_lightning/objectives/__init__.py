@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
+from lwf_lightning.named import build_by_name
 from lwf_lightning.objectives.base import Objective
 from lwf_lightning.objectives.gradient_ascent import GradientAscent
 from lwf_lightning.objectives.inverted_hinge import InvertedHinge
@@ -37,15 +37,7 @@ def build_objective(name: str, options: Mapping[str, float] | None = None) -> Ob
         >>> build_objective("npo", {"beta": 0.5}).beta
         0.5
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(OBJECTIVES)}")
-    objective = OBJECTIVES[name]
-    accepted = set(inspect.signature(objective).parameters)
-    unknown = sorted(set(options or {}) - accepted)
-    if unknown:
-        known = f"it takes {', '.join(sorted(accepted))}" if accepted else "it takes none"
-        raise ValueError(f"objective {name!r} has no option {', '.join(unknown)}; {known}")
-    return objective(**(options or {}))
+    return build_by_name("objective", OBJECTIVES, name, options)
 
 
 __all__ = [

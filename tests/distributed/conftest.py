@@ -42,11 +42,24 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "callback": {"forgetting_rate": 0.01, "probe_batch_size": 1},
     },
     "fewer texts than ranks": {
+        "module": {"regularizer": "ewc", "regularizer_options": {"strength": 1000.0}},
         "data": {"learning_texts": 1, "forgetting_prompts": 1, "eval_examples": 1},
     },
-    "a ceiling for some": {"module": {"unlearning_ceiling": 3.75, "unlearning_interval": 2}},
+    "a ceiling for some": {
+        "module": {
+            "unlearning_ceiling": 3.75,
+            "unlearning_interval": 2,
+            "regularizer": "l2sp",
+            "regularizer_options": {"strength": 1.0},
+        },
+    },
     "replay, generated": {
-        "module": {"objective": "replay", "gradient_checkpointing": True},
+        "module": {
+            "objective": "replay",
+            "gradient_checkpointing": True,
+            "regularizer": "bss",
+            "regularizer_options": {"strength": 0.1, "count": 2},
+        },
         "data": {"evaluation": "generate"},
     },
 }

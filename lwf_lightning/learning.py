@@ -1,0 +1,130 @@
+"""Learning steps of an LWFModule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from lwf_lightning.data.batch import Batch, batches_of
+from lwf_lightning.data.passes import forward_passes
+from lwf_lightning.distributed import gradient_sync, ranks_of
+from lwf_lightning.forgetting.elicit import SelfKnowledge
+from lwf_lightning.forgetting.fisher import diagonal_fisher
+from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.optimization import labelled_token_count
+from lwf_lightning.ranks import Ranks
+from lwf_lightning.regularizers import (
+    FeaturePenalty,
+    Regularizer,
+    WeightPull,
+    head_inputs,
+    prompt_features,
+)
+from lwf_lightning.shards import in_step, whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LearningMixin(L.LightningModule):
+    """The learning half of :class:`~lwf_lightning.LWFModule`: one step on the learning task."""
+
+    model: PreTrainedModel
+    base_weights: dict[str, Tensor] | None
+    regularizer: Regularizer | None
+    _regularizer_fisher: dict[str, Tensor] | None = None
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def _is_finite(self, value: Tensor, kind: str) -> bool:
+        raise NotImplementedError
+
+    def _learn(self, batch: Batch) -> None:
+        optimizers = self.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        figures = self._learning_gradient(batch)
+        norm = whole(clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"]))
+        if self._is_finite(sum(figures.values(), norm), "learning"):
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            cast(Any, self.lr_schedulers()).step()
+            # The x-axis of what this step logs: its number. Lightning's own would count batches.
+            self.log("step", float(self.trainer.global_step))
+            self.log("train/loss", figures.pop("train/loss"), prog_bar=True)
+            self.log_dict({"train/learning_rate": rate, "train/grad_norm": norm, **figures})
+        optimizer.zero_grad()
+
+    def _learning_gradient(self, batch: Batch) -> dict[str, Tensor]:
+        """Leaves the gradient of loss and regularizer in the parameters; returns their values."""
+        ranks = ranks_of(self.trainer)
+        if isinstance(self.regularizer, FeaturePenalty):
+            return self._gradient_in_one_pass(batch, ranks, self.regularizer)
+        figures = {"train/loss": self._gradient_in_passes(batch, ranks)}
+        if isinstance(self.regularizer, WeightPull):
+            # After the ranks have averaged theirs: it is the same on each.
+            figures["train/regularizer"] = self.regularizer.add_gradient(
+                trainable_parameters(self.model), self.base_weights or {}, self._regularizer_fisher
+            )
+        return figures
+
+    def _gradient_in_passes(self, batch: Batch, ranks: Ranks) -> Tensor:
+        tokens = ranks.sum(torch.tensor(labelled_token_count(batch), device=self.device))
+        loss = torch.zeros((), device=self.device, dtype=torch.float32)
+        passes = forward_passes(self.model, batch, self.hparams["tokens_per_pass"])
+        passes = in_step(passes, self.model.parameters())
+        for number, part in enumerate(passes, start=1):
+            with gradient_sync(self.trainer, number == len(passes)):
+                part_tokens = labelled_tokens(self.model, part, allow_none=True)
+                part_loss = part_tokens.token_losses().sum() / tokens
+                self.manual_backward(part_loss * ranks.world_size)  # the ranks are averaged
+            loss += part_loss.detach()
+        return ranks.sum(loss)
+
+    def _gradient_in_one_pass(
+        self, batch: Batch, ranks: Ranks, penalty: FeaturePenalty
+    ) -> dict[str, Tensor]:
+        """The penalty is on all texts of the step together, so they stay in memory together."""
+        with head_inputs(self.model) as hidden:
+            tokens = labelled_tokens(self.model, batch, allow_none=True)
+        loss = rows_of_all(tokens.token_losses(), ranks).mean()
+        penalized = penalty(rows_of_all(prompt_features(hidden[0], batch), ranks))
+        self.manual_backward((loss + penalized) * ranks.world_size)  # the ranks are averaged
+        return {"train/loss": loss.detach(), "train/regularizer": penalized.detach()}
+
+    def _estimate_regularizer_fisher(self) -> None:
+        """Estimates the Fisher information of the self-knowledge; the model holds theta_base."""
+        ranks = ranks_of(self.trainer)
+        knowledge = cast(SelfKnowledge, self._data.self_knowledge)
+        texts = sorted((text.encoded() for text in knowledge.texts), key=len, reverse=True)
+        size = min(self._data.forget_batch_size, -(-len(texts) // ranks.world_size))
+        batches = list(batches_of(texts, size, self._data.pad_token_id))
+        with self.trainer.precision_plugin.forward_context():
+            self._regularizer_fisher = diagonal_fisher(
+                self.model, batches, progress=ranks.is_first, ranks=ranks
+            )
+
+
+def rows_of_all(rows: Tensor, ranks: Ranks) -> Tensor:
+    """The rows of all ranks, by rank; only this one's carry a gradient.
+
+    What each rank differentiates by its own rows is its part of the gradient of the whole.
+
+    Args:
+        rows: Shape (rows, ...), perhaps another number of rows on each rank, perhaps none.
+        ranks: The processes.
+    """
+    if ranks.world_size == 1:
+        return rows
+    counts = ranks.stack(torch.tensor(len(rows), device=rows.device)).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [part[:count] for part, count in zip(ranks.stack(padded), counts, strict=True)]
+    parts[ranks.rank] = rows
+    return torch.cat(parts)

@@ -1,0 +1,36 @@
+"""Building what a configuration asks for by name: an objective, a regularizer, a learning loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def build_by_name(
+    kind: str,
+    known: Mapping[str, Callable[..., T]],
+    name: str,
+    options: Mapping[str, float] | None = None,
+) -> T:
+    """Builds one of several things from its name and its options.
+
+    Args:
+        kind: What it is, for the messages: ``objective``.
+        known: What builds it, by name.
+        name: A key of ``known``.
+        options: Its keyword arguments, such as ``{"beta": 0.1}``.
+
+    Raises:
+        ValueError: If the name or an option is unknown, or a value is out of range.
+    """
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+    accepted = set(inspect.signature(known[name]).parameters)
+    unknown = sorted(set(options or {}) - accepted)
+    if unknown:
+        takes = f"it takes {', '.join(sorted(accepted))}" if accepted else "it takes none"
+        raise ValueError(f"{kind} {name!r} has no option {', '.join(unknown)}; {takes}")
+    return known[name](**(options or {}))
