@@ -60,8 +60,9 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             "model.init_args.regularizer_options are for a regularizer: set "
             "model.init_args.regularizer"
         )
-    if values["regularizer"] == "bss" and values["tokens_per_pass"] is not None:
-        raise ValueError(
-            "model.init_args.regularizer bss looks at a step's whole batch together: leave out "
-            "tokens_per_pass"
-        )
+    for name, value in (("regularizer", "bss"), ("learning_loss", "token_forgetting")):
+        if values[name] == value and values["tokens_per_pass"] is not None:
+            raise ValueError(
+                f"model.init_args.{name} {value} looks at a step's whole batch together: leave out "
+                "tokens_per_pass"
+            )

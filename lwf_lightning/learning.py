@@ -26,6 +26,8 @@ from lwf_lightning.regularizers import (
     prompt_features,
 )
 from lwf_lightning.shards import in_step, whole
+from lwf_lightning.token_forgetting import TokenForgetting
+from lwf_lightning.unlearning import tokens_under
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +38,7 @@ class LearningMixin(L.LightningModule):
 
     model: PreTrainedModel
     base_weights: dict[str, Tensor] | None
+    learning_loss: TokenForgetting | None
     regularizer: Regularizer | None
     _regularizer_fisher: dict[str, Tensor] | None = None
 
@@ -64,9 +67,10 @@ class LearningMixin(L.LightningModule):
     def _learning_gradient(self, batch: Batch) -> dict[str, Tensor]:
         """Leaves the gradient of loss and regularizer in the parameters; returns their values."""
         ranks = ranks_of(self.trainer)
-        if isinstance(self.regularizer, FeaturePenalty):
-            return self._gradient_in_one_pass(batch, ranks, self.regularizer)
-        figures = {"train/loss": self._gradient_in_passes(batch, ranks)}
+        if self.learning_loss is not None or isinstance(self.regularizer, FeaturePenalty):
+            figures = self._gradient_in_one_pass(batch, ranks)
+        else:
+            figures = {"train/loss": self._gradient_in_passes(batch, ranks)}
         if isinstance(self.regularizer, WeightPull):
             # After the ranks have averaged theirs: it is the same on each.
             figures["train/regularizer"] = self.regularizer.add_gradient(
@@ -87,16 +91,28 @@ class LearningMixin(L.LightningModule):
             loss += part_loss.detach()
         return ranks.sum(loss)
 
-    def _gradient_in_one_pass(
-        self, batch: Batch, ranks: Ranks, penalty: FeaturePenalty
-    ) -> dict[str, Tensor]:
-        """The penalty is on all texts of the step together, so they stay in memory together."""
+    def _gradient_in_one_pass(self, batch: Batch, ranks: Ranks) -> dict[str, Tensor]:
+        """For what depends on all texts of the step together: they stay in memory together."""
+        base_losses = self._base_losses(batch, ranks) if self.learning_loss else None
         with head_inputs(self.model) as hidden:
             tokens = labelled_tokens(self.model, batch, allow_none=True)
-        loss = rows_of_all(tokens.token_losses(), ranks).mean()
-        penalized = penalty(rows_of_all(prompt_features(hidden[0], batch), ranks))
-        self.manual_backward((loss + penalized) * ranks.world_size)  # the ranks are averaged
-        return {"train/loss": loss.detach(), "train/regularizer": penalized.detach()}
+        losses = rows_of_all(tokens.token_losses(), ranks)
+        loss = mean = losses.mean()
+        if self.learning_loss is not None and base_losses is not None:
+            progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
+            loss = self.learning_loss(losses, base_losses, progress)
+        figures = {"train/loss": mean.detach()}
+        if isinstance(self.regularizer, FeaturePenalty):
+            penalty = self.regularizer(rows_of_all(prompt_features(hidden[0], batch), ranks))
+            figures["train/regularizer"] = penalty.detach()
+            loss = loss + penalty
+        self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
+        return figures
+
+    def _base_losses(self, batch: Batch, ranks: Ranks) -> Tensor:
+        """The loss of each token of the step under the base weights, by rank."""
+        tokens = tokens_under(self.model, cast(dict[str, Tensor], self.base_weights), batch)
+        return rows_of_all(tokens.token_losses(), ranks)
 
     def _estimate_regularizer_fisher(self) -> None:
         """Estimates the Fisher information of the self-knowledge; the model holds theta_base."""

@@ -38,6 +38,7 @@ from lwf_lightning.optimization import (
 from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.regularizers import RegularizerName, WeightPull, build_regularizer
 from lwf_lightning.shards import mesh_of, sharded_like
+from lwf_lightning.token_forgetting import LearningLossName, build_learning_loss
 from lwf_lightning.unlearning import UnlearningGuard, UnlearningMixin
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         tokens_per_pass: A step's batch goes through the model in passes of texts of similar
             length, whose gradients add up to the same step; a pass holds at most so many tokens,
             padding included, but at least one text. None: as many as are quickest.
+        learning_loss: What a learning step minimizes: ``cross_entropy`` per answer token, or
+            ``token_forgetting``; see :class:`~lwf_lightning.token_forgetting.TokenForgetting`.
+        learning_loss_options: Options of ``token_forgetting``, such as ``{"share_kept": 0.7}``.
         regularizer: A structural baseline that is added to the learning loss: ``bss``, ``l2sp``
             or ``ewc``; see :mod:`lwf_lightning.regularizers`. ``srs`` is an empty slot.
         regularizer_options: Options of the regularizer, such as ``{"strength": 0.01}``.
@@ -116,6 +120,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         warmup_ratio: float = 0.01,
         max_grad_norm: float = 1.0,
         tokens_per_pass: int | None = None,
+        learning_loss: LearningLossName = "cross_entropy",
+        learning_loss_options: dict[str, float] | None = None,
         regularizer: RegularizerName | None = None,
         regularizer_options: dict[str, float] | None = None,
         schedule: ScheduleKind = "periodic",
@@ -138,6 +144,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         check_ranges(self.hparams)
         self.schedule = UnlearningSchedule(schedule, unlearning_interval, ahead_steps, seed)
         self.objective = build_objective(objective, objective_options)
+        self.learning_loss = build_learning_loss(learning_loss, learning_loss_options)
         self.regularizer = (
             None if regularizer is None else build_regularizer(regularizer, regularizer_options)
         )
@@ -183,7 +190,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
     @property
     def needs_base_weights(self) -> bool:
         """Whether the run looks back at theta_base."""
-        return self.schedule.unlearns or isinstance(self.regularizer, WeightPull)
+        compares = self.learning_loss is not None or isinstance(self.regularizer, WeightPull)
+        return self.schedule.unlearns or compares
 
     @property
     def needs_self_knowledge(self) -> bool:

@@ -38,7 +38,12 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "one text to forget": {
-        "module": {"schedule": "front_loaded", "ahead_steps": 2},
+        "module": {
+            "schedule": "front_loaded",
+            "ahead_steps": 2,
+            "learning_loss": "token_forgetting",
+            "learning_loss_options": {"share_kept": 0.6, "weight_end": 0.2},
+        },
         "callback": {"forgetting_rate": 0.01, "probe_batch_size": 1},
     },
     "fewer texts than ranks": {

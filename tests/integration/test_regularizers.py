@@ -184,6 +184,11 @@ def test_trains_in_bf16(
     [
         ({"regularizer": "srs"}, "'srs' is an empty slot"),
         ({"regularizer": "bss", "tokens_per_pass": 64}, "bss looks at a step's whole batch"),
+        (
+            {"learning_loss": "token_forgetting", "tokens_per_pass": 64},
+            "learning_loss token_forgetting looks at a step's whole batch",
+        ),
+        ({"learning_loss_options": {"weight_end": 1.0}}, "'cross_entropy' has no option"),
         ({"regularizer_options": {"strength": 1.0}}, "set model.init_args.regularizer"),
     ],
 )
