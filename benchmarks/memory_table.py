@@ -17,26 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lwf_lightning.estimate import size_of
 from lwf_lightning.memory import highest, phases
 from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts
+from lwf_lightning.study.architectures import known_config
 
-CONFIGS = {  # as their config.json say
-    "Llama-3.2-1B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "Llama-3-8B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "Llama-3-70B": LlamaConfig(
+CONFIGS = {
+    "Llama-3.2-1B": known_config("meta-llama/Llama-3.2-1B"),
+    "Llama-3-8B": known_config("meta-llama/Meta-Llama-3-8B"),
+    "Llama-3-70B": LlamaConfig(  # as its config.json says
         vocab_size=128256,
         hidden_size=8192,
         intermediate_size=28672,

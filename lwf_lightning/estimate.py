@@ -43,7 +43,11 @@ class Estimate:
 
 
 def predict(
-    trainer: L.Trainer, module: LWFModule, data: LWFDataModule, ranks: int | None = None
+    trainer: L.Trainer,
+    module: LWFModule,
+    data: LWFDataModule,
+    ranks: int | None = None,
+    model: nn.Module | None = None,
 ) -> Estimate:
     """Predicts the memory of a fit.
 
@@ -52,25 +56,31 @@ def predict(
     Args:
         trainer: Says devices, precision and callbacks.
         module: Says the model and what is done to it.
-        data: Says the texts, which are tokenized.
+        data: Says the texts, which are tokenized; by its own tokenizer if it has one.
         ranks: Processes to shard among with FSDP2, whatever the trainer's; None takes its own.
+        model: The model without its weights; None takes :func:`meta_model`.
 
     Raises:
         ValueError: If the model or the data cannot be found.
     """
-    model = meta_model(module)
+    model = meta_model(module) if model is None else model
     size = size_of(model)
     plan = _plan(trainer, module, data, model, ranks)
     return Estimate(size, plan, phases(size, plan))
 
 
-def meta_model(module: LWFModule) -> nn.Module:
-    """The model without its weights, adapter included."""
+def meta_model(module: LWFModule, config: Any = None) -> nn.Module:
+    """The model without its weights, adapter included.
+
+    Args:
+        module: Says which model.
+        config: Its configuration; None loads it by the model's name.
+    """
     from transformers import AutoModelForCausalLM
 
     options = module.hparams
     trust = options["trust_remote_code"]
-    config = load_config(options["model_name"], trust_remote_code=trust)
+    config = config or load_config(options["model_name"], trust_remote_code=trust)
     with torch.device("meta"):
         model: nn.Module = cast(Any, AutoModelForCausalLM).from_config(
             config, dtype=getattr(torch, options["dtype"]), trust_remote_code=trust
@@ -149,7 +159,7 @@ def _plan(
     model: nn.Module,
     ranks: int | None,
 ) -> Plan:
-    data.tokenizer = module.tokenizer
+    data.tokenizer = data.tokenizer or module.tokenizer
     data.setup("fit")
     texts = [_tokens_and_labels(text) for text in data.learning_encoded]
     device = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,9 +37,46 @@ def test_the_runs_of_a_study_are_listed(
 ) -> None:
     monkeypatch.chdir(ROOT)
     study_command(["--config", str(path), "--output", str(ROOT / "runs" / "none"), "--list"])
-    listed = capsys.readouterr().out.splitlines()
+    listed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     written = yaml.safe_load(path.read_text())
-    assert len(listed) == len(written["methods"]) * len(written["cells"]) * len(written["seeds"])
+    runs = Counter(
+        (name.rsplit("-", 2)[0], cell) for name, _, cells in listed for cell in cells.split(", ")
+    )
+    every = itertools.product(written["methods"], written["cells"])
+    assert runs == dict.fromkeys(every, len(written["seeds"]))
+
+
+@pytest.mark.parametrize("name", ["paper_llama32_1b", "paper_llama3_8b"])
+def test_the_paper_s_matrix_is_accepted_and_estimated(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    written = yaml.safe_load((ROOT / "configs" / "studies" / f"{name}.yaml").read_text())
+    tasks = ["gsm8k", "qasc", "sst5", "dental", "psychol"]
+    pairs = Counter(
+        (cell["data.learning_task"], *sorted(cell["data.forgetting_tasks"]))
+        for cell in written["cells"].values()
+    )
+    mixed = [(task, *sorted(other for other in tasks if other != task)) for task in tasks]
+    assert pairs == Counter([*itertools.product(tasks, tasks), *mixed])
+
+    for task in tasks:
+        row: dict[str, object] = {"question": "How many are three and four?"}
+        if task == "gsm8k":
+            row["answer"] = "3 + 4 = 7\n#### 7"
+        else:
+            row |= {"choices": ["seven", "eight"], "label": 0}
+        for split in ("train", "validation", "test"):
+            file = tmp_path / task / f"{split}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(40 * (json.dumps(row) + "\n"))
+    cells = {key: written["cells"][key] for key in ("gsm8k-mixed", "qasc-qasc")}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**written, "cells": cells, "seeds": [0]}))
+    study_command(["--config", str(file), "--check", "--data_dir", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert f"\n{len(written['methods']) * len(cells)} runs, every configuration accepted" in told
+    assert f"\n| {written['methods']['lwf']['label']} | gsm8k | 1 | 2 | " in told
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=lambda path: path.stem)

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    track,
+)
 
 from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
 from lwf_lightning.files import whole_file
@@ -38,6 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     parser.add_argument("--list", action="store_true", help="list the missing runs and stop")
     parser.add_argument("--only", help="perform this one run, by its name in --list, and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check every run's configuration, estimate hours and memory, and stop",
+    )
+    parser.add_argument(
+        "--flops", type=float, default=1e14, help="operations per second that --check assumes"
+    )
+    parser.add_argument(
+        "--data_dir", help="folder of the tasks' files that --check counts, instead of the study's"
+    )
     parser.add_argument("--report", action="store_true", help="report on what is there and stop")
     options = parser.parse_args(arguments)
     with clear_errors():
@@ -53,6 +71,9 @@ def _act(study: Study, options: Any) -> None:
     if options.list:
         for run in missing_runs(study):
             console.print(f"{run.identity}  {run.stage}  {', '.join(run.cells)}", soft_wrap=True)
+        return
+    if options.check:
+        _check(study, options.flops, options.data_dir, console)
         return
     if not options.report:
         _perform_missing(study, options.workers, options.threads, console)
@@ -109,6 +130,19 @@ def _perform_missing(study: Study, workers: int, threads: int, console: Console)
             perform_all(study, now, workers=workers, threads=threads, told=told)
     if outcomes:
         console.print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+
+
+def _check(study: Study, flops: float, data_dir: str | None, console: Console) -> None:
+    from lwf_lightning.study.check import check, summary, table  # imports the command line
+
+    if not flops > 0:
+        raise ValueError(f"--flops must be above 0, got {flops}")
+    runs = missing_runs(study)
+    if not runs:
+        raise ValueError("--check: every run of this study is recorded already")
+    checked = list(track(check(study, runs, data_dir), "Checking", len(runs), console=console))
+    for line in [*table(study, checked, flops), "", *summary(checked, flops)]:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _perform_named(study: Study, name: str, console: Console) -> None:

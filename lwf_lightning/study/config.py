@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +112,17 @@ class Study:
         path = Path(self.base)
         if not path.is_file():
             raise ValueError(f"base: {path} does not exist")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = _read(path, path.stat().st_mtime_ns)
         if not isinstance(config, dict):
             raise ValueError(f"base: {path} holds no configuration")
-        return config
+        return copy.deepcopy(config)
 
     def label(self, method: str) -> str:
         """The name of a method in tables and figures."""
         return self.methods[method].label or method
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed_at: int) -> Any:
+    """A YAML file, read anew when it has changed: a large matrix asks for it thousands of times."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

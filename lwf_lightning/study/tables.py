@@ -60,17 +60,23 @@ def markdown(study: Study, lines: Sequence[Line]) -> str:
         own = [line for line in lines if line.cell == cell]
         if not own:
             continue
-        parts += [f"## {cell}", "", *_table(HEADINGS, [cells_of(study, line) for line in own]), ""]
+        parts += [
+            f"## {cell}",
+            "",
+            *markdown_table(HEADINGS, [cells_of(study, line) for line in own]),
+            "",
+        ]
         rows = [
             (study.label(line.method), *cells) for line in own for cells in forgetting_cells(line)
         ]
         if rows:
             heads = ("method", "forgetting task", "accuracy before", "after (unseen prompts)")
-            parts += [*_table(heads, rows), ""]
+            parts += [*markdown_table(heads, rows), ""]
     return "\n".join(parts)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 

@@ -1,0 +1,164 @@
+"""``cli.py study --check``: every run parsed by the real command line, and what it will take."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lwf_lightning.cli import LWFCLI
+from lwf_lightning.cli_errors import OneLineErrorParser, one_line
+from lwf_lightning.datamodule import LWFDataModule
+from lwf_lightning.memory_report import size
+from lwf_lightning.module import LWFModule
+from lwf_lightning.study.config import Study
+from lwf_lightning.study.expected import DECODING_PASSES, Expected, Work, expected, model_of
+from lwf_lightning.study.matrix import Run
+from lwf_lightning.study.overlay import overlaid
+from lwf_lightning.study.tables import markdown_table
+from lwf_lightning.trainer import LWFTrainer
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+    from lightning.pytorch.cli import LightningArgumentParser
+
+
+HEADINGS = (
+    "method",
+    "learning task",
+    "runs",
+    "steps",
+    "hours per run",
+    "hours in all",
+    "memory (fullest phase)",
+)
+_OF_THE_MODEL = ("model_name", "dtype", "lora", "trust_remote_code")
+
+
+class _ParsingCLI(LWFCLI):
+    """The command line's parser, with nothing run: a trainer would ask for its devices."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the configuration, whatever stands on this process's command line."""
+        self.config = parser.parse_object(args)
+
+    def _set_seed(self) -> None:
+        """Leaves the random state as it is."""
+
+    def instantiate_classes(self) -> None:
+        """Leaves that to :func:`parsed`."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run and the prediction for it."""
+
+    run: Run
+    task: str
+    expected: Expected
+
+
+def parsed(runs: Sequence[Run]) -> Iterator[tuple[Run, Namespace]]:
+    """Parses every run's configuration as ``fit`` will, and makes its module and datamodule.
+
+    Yields:
+        Each run with ``model``, ``data`` and ``trainer``, callbacks instantiated.
+
+    Raises:
+        ValueError: If a configuration is not accepted; names the run, and the flag.
+    """
+    parser: Any = None
+    for run in runs:
+        try:
+            if parser is None:
+                parser = _parser(run)
+            yield run, parser.instantiate_classes(parser.parse_object(overlaid(run.config, {})))
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ValueError(f"{run.identity}: {one_line(str(error))}") from error
+
+
+def _parser(run: Run) -> Any:
+    cli = _ParsingCLI(
+        LWFModule,
+        LWFDataModule,
+        trainer_class=LWFTrainer,
+        parser_class=OneLineErrorParser,
+        parser_kwargs={"exit_on_error": False},
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        run=False,
+        args=overlaid(run.config, {}),  # a copy: parsing writes into it
+    )
+    return cli.parser
+
+
+def check(study: Study, runs: Sequence[Run], data_dir: str | None = None) -> Iterator[Checked]:
+    """Checks runs one by one; those that differ in their seed alone are predicted once.
+
+    Args:
+        study: The study.
+        runs: Its runs.
+        data_dir: Folder that holds one folder per task, instead of where the study takes them.
+
+    Raises:
+        ValueError: If a configuration is not accepted, or texts or a model's architecture
+            cannot be found.
+    """
+    known: dict[str, Expected] = {}
+    models: dict[str, Any] = {}  # on the meta device; making one takes as long as all the rest
+    for run, config in parsed(runs):
+        same = overlaid(run.config, {"seed_everything": 0, "data.seed": 0, "model.seed": 0})
+        key = json.dumps(same, sort_keys=True, default=str)
+        if key not in known:
+            if data_dir is not None:
+                config.data.data_dir, config.data.source = data_dir, "local"
+            which = json.dumps([config.model.hparams[name] for name in _OF_THE_MODEL], default=str)
+            if which not in models:
+                models[which] = model_of(config.model)
+            known[key] = expected(config.model, config.data, config.trainer, models[which])
+        yield Checked(run, config.data.learning_task, known[key])
+
+
+def table(study: Study, checked: Iterable[Checked], flops: float) -> list[str]:
+    """A row per method and learning task: hours and memory of a run, and hours in all."""
+    rows: dict[tuple[str, str], list[Checked]] = {}
+    for one in checked:
+        rows.setdefault((one.run.method, one.task), []).append(one)
+    cells = []
+    for (method, task), own in rows.items():
+        hours = [one.expected.work.hours(one.expected.parameters, flops) for one in own]
+        top = max((one.expected for one in own), key=lambda found: found.memory)
+        row = [study.label(method), task, str(len(own)), f"{own[0].expected.steps}"]
+        row += [_span(hours), f"{sum(hours):.3g}", f"{size(top.memory)} ({top.phase})"]
+        cells.append(row)
+    return markdown_table(HEADINGS, cells)
+
+
+def summary(checked: Sequence[Checked], flops: float) -> list[str]:
+    """Totals, and what they assume."""
+    runs = sum(one.expected.work.hours(one.expected.parameters, flops) for one in checked)
+    # What is elicited depends on the prompts alone, so the first run to need it does it for all.
+    elicited: dict[tuple[str, ...], Work] = {}
+    for one in checked:
+        elicited.setdefault(one.expected.prompts, one.expected.elicitation)
+    parameters = max(one.expected.parameters for one in checked)
+    once = sum(work.hours(parameters, flops) for work in elicited.values())
+    sets = len([prompts for prompts in elicited if prompts])
+    return [
+        f"{len(checked)} runs, every configuration accepted: {runs:.1f} hours of one device, and "
+        f"{once:.1f} to elicit self-knowledge from {sets} pool(s) of prompts, each once.",
+        f"Hours assume {flops:.3g} FLOP/s sustained (--flops), 6 FLOP per weight and token "
+        f"trained on, 2 per token only read, and {DECODING_PASSES} passes a second in generation "
+        "with every answer as long as it may be; activations computed again are left out. Memory "
+        "is that of one device, without what its allocator keeps. For models of the Hub 4 "
+        "characters count as a token.",
+    ]
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,217 @@
+"""What a run of a study will take in time and memory, before anything is loaded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from lwf_lightning.callbacks.fisher import FisherCallback
+from lwf_lightning.callbacks.validate_first import ValidateFirst
+from lwf_lightning.data.encode import encode_prompt
+from lwf_lightning.estimate import meta_model, predict
+from lwf_lightning.memory import highest
+from lwf_lightning.study.architectures import known_config
+
+if TYPE_CHECKING:
+    import lightning as L
+    from torch import nn
+
+    from lwf_lightning.datamodule import LWFDataModule
+    from lwf_lightning.module import LWFModule
+
+DECODING_PASSES = 40
+"""Assumed forward passes per second that add one token to every answer of a batch (ours)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes, counted in tokens, padding left out.
+
+    Attributes:
+        trained: Tokens that go forward and backward: learning, unlearning, probe, Fisher, scoring.
+        read: Tokens that only go forward: evaluation.
+        decoded: Passes that add one token to each answer of a batch, if no answer ends early.
+    """
+
+    trained: int = 0
+    read: int = 0
+    decoded: int = 0
+
+    def hours(self, parameters: int, flops: float) -> float:
+        """Hours at a sustained speed.
+
+        Args:
+            parameters: Weights of the model, frozen ones too.
+            flops: Floating-point operations per second: 6 per weight for a trained token, 2 for
+                one that is read.
+
+        Example:
+            >>> Work(trained=6_000_000).hours(parameters=10**9, flops=1e13)
+            1.0
+        """
+        operations = parameters * (6 * self.trained + 2 * self.read)
+        return (operations / flops + self.decoded / DECODING_PASSES) / 3600
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The prediction for a run.
+
+    Attributes:
+        steps: Learning steps.
+        work: What it computes, self-generation left out.
+        elicitation: Self-generation, which runs with the same prompts share through the cache.
+        prompts: The forgetting tasks that are elicited from; empty without unlearning.
+        parameters: Weights of the model.
+        memory: Bytes in the fullest phase, on one device.
+        phase: That phase.
+    """
+
+    steps: int
+    work: Work
+    elicitation: Work
+    prompts: tuple[str, ...]
+    parameters: int
+    memory: int
+    phase: str
+
+
+class RoughTokenizer:
+    """Takes four characters for a token, where a model's own tokenizer is not at hand."""
+
+    eos_token_id = pad_token_id = 0
+    bos_token_id = None
+    chat_template = "yes"
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """Ids without a meaning, one per four characters begun."""
+        return {"input_ids": [1] * -(-len(text) // 4)}
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
+        """Turns, each headed by its role."""
+        return "".join(f"<|{turn['role']}|>\n{turn['content']}\n" for turn in messages)
+
+
+def model_of(module: LWFModule) -> nn.Module:
+    """The model without its weights; its architecture comes from the Hub unless it is known here.
+
+    Raises:
+        ValueError: If the architecture cannot be found.
+    """
+    return meta_model(module, known_config(module.hparams["model_name"]))
+
+
+def expected(
+    module: LWFModule,
+    data: LWFDataModule,
+    settings: Mapping[str, Any],
+    model: nn.Module,
+) -> Expected:
+    """Predicts a run from its model's architecture and its texts; no weight is loaded.
+
+    Args:
+        module: The module of the run.
+        data: Its datamodule, not set up.
+        settings: Its ``trainer`` configuration, callbacks instantiated.
+        model: Its :func:`model_of`.
+
+    Raises:
+        ValueError: If the texts cannot be found.
+    """
+    if known_config(module.hparams["model_name"]) is not None:
+        data.tokenizer = cast(Any, RoughTokenizer())
+    found = predict(cast("L.Trainer", _planned(settings)), module, data, model=model)
+    top = highest(found.phases)
+    steps, work, elicitation = _work(module, data, settings)
+    return Expected(
+        steps=steps,
+        work=work,
+        elicitation=elicitation,
+        prompts=tuple(data.forgetting_tasks) if module.schedule.unlearns else (),
+        parameters=found.size.parameters,
+        memory=top.total,
+        phase=top.name,
+    )
+
+
+def _planned(settings: Mapping[str, Any]) -> SimpleNamespace:
+    """What a prediction asks of a trainer; the real one refuses devices that are not here."""
+    accelerator = settings["accelerator"]
+    has_gpu = accelerator in ("gpu", "cuda") or (
+        accelerator == "auto" and torch.cuda.is_available()
+    )
+    return SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cuda" if has_gpu else "cpu")),
+        precision=settings["precision"] or "32-true",
+        callbacks=settings["callbacks"] or [],
+        max_steps=settings["max_steps"],
+        world_size=1,
+    )
+
+
+def _work(
+    module: LWFModule, data: LWFDataModule, settings: Mapping[str, Any]
+) -> tuple[int, Work, Work]:
+    """Learning steps, the work of the run, and that of self-generation."""
+    callbacks = settings["callbacks"] or []
+    texts = [len(text) for text in data.learning_encoded]
+    batches = -(-len(texts) // data.batch_size)
+    epochs = settings["max_epochs"] or 1
+    steps = settings["max_steps"] if settings["max_steps"] > 0 else epochs * batches
+    trained = steps * data.batch_size * fmean(texts)
+    elicitation = Work()
+    if module.schedule.unlearns:
+        answers = data.max_new_tokens
+        ids = [
+            encode_prompt(data._tokenizer, example.prompt, chat_template=data.chat_template)
+            for _, example in data.forgetting_examples
+        ]
+        prompts = [min(len(prompt), data.max_length) for prompt in ids]
+        unlearned = sum(module.schedule.steps_before(step) for step in range(steps))
+        trained += unlearned * data.forget_batch_size * (fmean(prompts) + answers)
+        elicitation = Work(
+            read=sum(prompts), decoded=_passes(len(prompts), data.elicit_batch_size, answers)
+        )
+        for callback in callbacks:
+            if isinstance(callback, FisherCallback):
+                probed = callback.probe_steps * callback.probe_batch_size
+                drawn = min(callback.fisher_texts, len(texts))
+                refreshes = 1
+                if callback.refresh_interval is not None:
+                    refreshes, probed = (steps - 1) // callback.refresh_interval, 0
+                scored = sum(prompts) + answers * len(prompts)
+                trained += (probed + refreshes * drawn) * fmean(texts) + refreshes * scored
+    interval = settings["val_check_interval"]
+    validations = steps // interval if isinstance(interval, int) else epochs
+    validations += any(isinstance(callback, ValidateFirst) for callback in callbacks)
+    data.setup("test")
+    validation, test = (_evaluation(data, split) for split in ("validation", "test"))
+    work = Work(
+        trained=round(trained),
+        read=validations * validation.read + test.read,
+        decoded=validations * validation.decoded + test.decoded,
+    )
+    return steps, work, elicitation
+
+
+def _evaluation(data: LWFDataModule, split: str) -> Work:
+    """Work of one evaluation on a split; the choices of a question each read its prompt."""
+    read = decoded = 0
+    for (_, name, kind), items in data._eval_items.items():
+        if name == split:
+            texts = itertools.chain.from_iterable(item.texts for item in items)
+            read += sum(len(text) for text in texts)
+            if kind == "generate":
+                decoded += _passes(len(items), data.eval_batch_size, data.max_new_tokens)
+    return Work(read=read, decoded=decoded)
+
+
+def _passes(prompts: int, batch_size: int, answer: int) -> int:
+    """Passes to answer prompts with continuous batching, if every answer is as long as it may."""
+    return -(-prompts * answer // batch_size)

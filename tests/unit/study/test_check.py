@@ -1,0 +1,151 @@
+"""What --check says of a study's runs: accepted or not, and what they will take."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+import pytest
+import yaml
+
+from lwf_lightning import FisherCallback
+from lwf_lightning.callbacks import ValidateFirst
+from lwf_lightning.study.architectures import known_config
+from lwf_lightning.study.check import check, parsed, summary, table
+from lwf_lightning.study.config import Method, Study
+from lwf_lightning.study.expected import Work, expected, model_of
+from lwf_lightning.study.matrix import comparison_runs
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    callbacks = [FisherCallback(probe_steps=3, probe_batch_size=2, fisher_texts=7), ValidateFirst()]
+    usual = {
+        "accelerator": "cpu",
+        "precision": None,
+        "callbacks": callbacks,
+        "max_steps": -1,
+        "max_epochs": 2,
+        "val_check_interval": None,
+    }
+    return usual | changes
+
+
+def test_tokens_of_a_run_are_those_that_go_through_the_model(make_module, make_data) -> None:
+    module, data = make_module(), make_data(eval_batch_size=4, elicit_batch_size=5)
+    found = expected(module, data, settings(), model_of(module))
+    texts = [len(text) for text in data.learning_encoded]
+    assert len(texts) == 24
+    prompts = [len(module.tokenizer(e.prompt)["input_ids"]) for _, e in data.forgetting_examples]
+    assert found.steps == 12
+    unlearned = 3 * 3  # before steps 3, 6 and 9, three texts each
+    trained = 12 * 4 * fmean(texts) + unlearned * (fmean(prompts) + 5)
+    trained += (3 * 2 + 7) * fmean(texts) + sum(prompts) + 5 * len(prompts)
+    assert found.work.trained == round(trained)
+    assert found.elicitation == Work(read=sum(prompts), decoded=24 * 5 // 5)
+    # The forgetting task has no choices: 6 answers of 5 tokens, four at a time; 5 in the test
+    assert found.work.decoded == 3 * 8 + 7
+    count = {
+        split: sum(
+            len(text)
+            for (_, of, _), items in data._eval_items.items()
+            for item in items
+            for text in item.texts
+            if of == split
+        )
+        for split in ("validation", "test")
+    }
+    assert found.work.read == 3 * count["validation"] + count["test"]
+    assert found.parameters == sum(p.numel() for p in module.load_whole_model().parameters())
+
+
+def test_without_unlearning_there_is_less_of_everything(make_module, make_data) -> None:
+    model = model_of(make_module())
+    lwf = expected(make_module(), make_data(), settings(), model)
+    plain = expected(make_module(schedule="never"), make_data(), settings(max_steps=12), model)
+    assert plain.steps == lwf.steps
+    assert plain.work.trained < lwf.work.trained
+    assert plain.work.read == lwf.work.read
+    assert plain.elicitation == Work()
+    assert plain.prompts == ()
+    assert plain.memory < lwf.memory
+
+
+def test_sizes_are_those_of_the_models() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for name, parameters in (
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
+    ):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(known_config(name))
+        assert sum(p.numel() for p in model.parameters()) == parameters
+    assert known_config("another/model") is None
+
+
+@pytest.fixture
+def study(tmp_path, model_folder, data_folder) -> Study:
+    base = {
+        "trainer": {
+            "max_steps": 6,
+            "accelerator": "gpu",  # which this machine need not have
+            "callbacks": [{"class_path": "lwf_lightning.FisherCallback", "init_args": {}}],
+        },
+        "model": {
+            "class_path": "lwf_lightning.LWFModule",
+            "init_args": {"model_name": str(model_folder)},
+        },
+        "data": {
+            "class_path": "lwf_lightning.LWFDataModule",
+            "init_args": {
+                "data_dir": "nowhere",
+                "learning_task": "learn",
+                "forgetting_tasks": ["forget"],
+                "custom_tasks": {"learn": {"choices": "choices", "label": "label"}, "forget": {}},
+                "max_new_tokens": 4,
+            },
+        },
+    }
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(base))
+    methods = {
+        "vanilla": Method({"model.schedule": "never"}, uses_forgetting=False),
+        "lwf": Method(),
+    }
+    return Study("small", str(file), methods, {"a": {}, "b": {"model.learning_rate": 1e-3}}, [0, 1])
+
+
+def test_runs_are_reckoned_without_their_device(study: Study, data_folder) -> None:
+    checked = list(check(study, comparison_runs(study, []), str(data_folder)))
+    assert [(one.run.method, one.run.seed) for one in checked] == [
+        ("vanilla", 0), ("vanilla", 0), ("vanilla", 1), ("vanilla", 1),
+        ("lwf", 0), ("lwf", 0), ("lwf", 1), ("lwf", 1),
+    ]  # fmt: skip
+    assert checked[0].expected is checked[2].expected  # another seed
+    _, _, plain, lwf = table(study, checked, 1e9)
+    assert plain.startswith("| vanilla | learn | 4 | 6 | ")
+    assert lwf.startswith("| lwf | learn | 4 | 6 | ")
+    total, assumed = summary(checked, 1e9)
+    assert total.startswith("8 runs, every configuration accepted: ")
+    assert "from 1 pool(s) of prompts" in total
+    assert "1e+09 FLOP/s" in assumed
+
+
+def test_what_the_command_line_refuses_is_named_with_its_run(study: Study) -> None:
+    study.methods["lwf"].changes["model.unlearning_intervall"] = 3
+    runs = comparison_runs(study, [])
+    wrong = next(run for run in runs if run.method == "lwf")
+    with pytest.raises(ValueError, match=f"^{wrong.identity}: .*unlearning_intervall"):
+        list(parsed(runs))
+    study.methods["lwf"].changes.clear()
+    study.methods["lwf"].changes["model.unlearning_interval"] = 0
+    with pytest.raises(ValueError, match="unlearning_interval must be at least 1"):
+        list(parsed(comparison_runs(study, [])))
+
+
+def test_hours_are_operations_over_speed_plus_passes() -> None:
+    work = Work(trained=100, read=30, decoded=80)
+    assert work.hours(parameters=7, flops=11.0) == pytest.approx(
+        (7 * (6 * 100 + 2 * 30) / 11 + 80 / 40) / 3600
+    )
