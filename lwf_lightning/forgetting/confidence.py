@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,9 @@ from lwf_lightning.losses import Reduction, per_text_loss
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import local, ranks_of_shards, sharded_like, whole
 
-PRODUCT_LENGTH = {"cpu": 2**16}
+PRODUCT_LENGTH = 2**16
 """Longest inner product taken at once: on a CPU one running sum holds all of it, and that of two
-million float32 numbers is off by 2e-4. A GPU adds in a tree."""
+million float32 numbers is off by 2e-4."""
 
 
 @dataclass(frozen=True)
@@ -179,15 +179,19 @@ class _InnerProducts:
         self.base = trainable_parameters(model)
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
-        constant = 0.0
+        self.device = next(iter(self.base.values())).device
+        constant = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, base in self.base.items():
             self.fisher[name] = sharded_like(fisher[name], base).to(base.device, torch.float32)
             self.anchor[name] = sharded_like(anchor[name], base).to(base.device)
-            difference = local(base).float() - local(self.anchor[name]).float()
-            weighted = local(self.fisher[name]).flatten() * difference.flatten()
-            constant += torch.dot(weighted, difference.flatten()).item() / 2
-        self.constant = sum(ranks_of_shards(self.base.values()).gather(constant))
-        self.device = base.device
+            tensors = (local(t) for t in (base, self.anchor[name], self.fisher[name]))
+            # in parts that stay in cache
+            for part in zip(
+                *(torch.split(t.flatten(), PRODUCT_LENGTH) for t in tensors), strict=True
+            ):
+                difference = part[0].float() - part[1].float()
+                constant += torch.dot(difference, difference * part[2]) / 2
+        self.constant = sum(ranks_of_shards(self.base.values()).gather(constant.item()))
         self.alignment: list[Tensor] = []
         self.sensitivity: list[Tensor] = []
 
@@ -223,16 +227,12 @@ class _ParameterProducts:
     alignment: Tensor
     sensitivity: Tensor
 
-    @cached_property
-    def weighted_difference(self) -> Tensor:
-        """F d of this parameter. That of all of them would be as large as a gradient."""
-        return (self.base.float() - self.anchor.float()).mul_(self.fisher)
-
     def take_block(self, rows: slice, gradients: Tensor) -> None:
         """Two matrix-vector products, the second with the squares."""
-        flat = gradients.flatten(1).float()
-        _add_products(self.alignment, flat, self.weighted_difference[rows])
-        _add_products(self.sensitivity, flat.square_(), self.fisher[rows])
+        flat, fisher = gradients.flatten(1).float(), self.fisher[rows]
+        weighted = (self.base[rows].float() - self.anchor[rows].float()).mul_(fisher)
+        _add_products(self.alignment, flat, weighted)
+        _add_products(self.sensitivity, flat.square_(), fisher)
 
     def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
         """The same with the rows of each text."""
@@ -246,8 +246,7 @@ class _ParameterProducts:
 
 def _add_products(sums: Tensor, vectors: Tensor, weights: Tensor) -> None:
     """Adds the inner product of each vector with the weights, in parts short enough to be exact."""
-    length = PRODUCT_LENGTH.get(sums.device.type, vectors.shape[1])
-    weights = weights.flatten()
-    for start in range(0, len(weights), length):
-        part = slice(start, start + length)
-        sums.addmv_(vectors[:, part], weights[part])
+    vector_parts = torch.split(vectors, PRODUCT_LENGTH, dim=1)
+    weight_parts = torch.split(weights.flatten(), PRODUCT_LENGTH)
+    for vector, weight in zip(vector_parts, weight_parts, strict=True):
+        sums.addmv_(vector, weight)

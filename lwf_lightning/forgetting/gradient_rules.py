@@ -37,15 +37,11 @@ class MatrixCall:
     Args:
         left: Shape (texts, ..., rows of the parameter).
         right: Shape (texts, ..., columns of the parameter).
-        backprop: The one of the two that was back-propagated; tokens where it is zero add
-            nothing, so those before the first and after the last other one of any text are
-            skipped.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, backprop: Tensor) -> None:
-        tokens = _nonzero_span(backprop.flatten(1, -2))
-        self.left = left.flatten(1, -2)[:, tokens]
-        self.right = right.flatten(1, -2)[:, tokens]
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left = left.flatten(1, -2)
+        self.right = right.flatten(1, -2)
 
     def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """See :class:`Call`."""
@@ -124,7 +120,8 @@ class DenseCall:
 
 
 Rule: TypeAlias = Callable[[nn.Module, Sequence[str], Sequence[Tensor], Tensor], dict[str, Call]]
-"""(module, names of the wanted parameters, inputs, back-propagated gradient) -> a call for each."""
+"""(module, names of the wanted parameters, inputs, back-propagated gradient) -> a call for each.
+The inputs of :class:`VectorRule` end with the output."""
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -143,7 +140,7 @@ def rule_of(module: nn.Module) -> Rule | None:
         return _embedding if plain else None
     owns_all = len(list(module.parameters())) == len(list(module.parameters(recurse=False)))
     if owns_all and all(parameter.ndim <= 1 for parameter in module.parameters()):
-        return _Vectors()
+        return VectorRule()
     return None
 
 
@@ -162,7 +159,7 @@ def _linear(
 ) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     if "weight" in names:
-        calls["weight"] = MatrixCall(backprop, inputs[0], backprop)
+        calls["weight"] = MatrixCall(backprop, inputs[0])
     if "bias" in names:
         calls["bias"] = _summed_over_tokens(backprop)
     return calls
@@ -173,7 +170,7 @@ def _conv1d(
 ) -> dict[str, Call]:
     calls: dict[str, Call] = {}
     if "weight" in names:
-        calls["weight"] = MatrixCall(inputs[0], backprop, backprop)
+        calls["weight"] = MatrixCall(inputs[0], backprop)
     if "bias" in names:
         calls["bias"] = _summed_over_tokens(backprop)
     return calls
@@ -188,30 +185,47 @@ def _embedding(
     return {"weight": EmbeddingCall(inputs[0], backprop, padding_idx)}
 
 
-class _Vectors:
-    """Norms and other modules whose parameters are vectors: run again, a copy of them per text."""
+class VectorRule:
+    """Norms and other modules whose parameters are vectors.
+
+    They are run again, with a copy of the parameters per text. What that gives for the first batch
+    tells whether the module returns a product with its weight, as RMSNorm does: then that product
+    holds all that the gradient needs.
+    """
 
     def __init__(self) -> None:
         self.batched = True
+        self.is_product: bool | None = None
 
     def __call__(
         self, module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
     ) -> dict[str, Call]:
-        if self.batched:
-            try:
-                gradients = self._all_texts(module, names, inputs, backprop)
-            except RuntimeError:  # a forward that vmap cannot take, as that of a fused kernel
-                self.batched = False
-        if not self.batched:
-            parts = [
-                self._one_text(module, names, [t[i : i + 1] for t in inputs], backprop[i : i + 1])
-                for i in range(backprop.shape[0])
-            ]
-            gradients = [torch.stack(part) for part in zip(*parts, strict=True)]
+        """See :data:`Rule`."""
+        *inputs, output = inputs
+        if self.is_product:
+            gradients: Sequence[Tensor] = [_gradient_of_product(module, output, backprop)]
+        else:
+            gradients = self._run_again(module, names, inputs, backprop)
+            if self.is_product is None:
+                self.is_product = _is_product(module, output, backprop, gradients)
         return {
             name: DenseCall(gradient.reshape(backprop.shape[0], 1, -1))
             for name, gradient in zip(names, gradients, strict=True)
         }
+
+    def _run_again(
+        self, module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
+    ) -> Sequence[Tensor]:
+        if self.batched:
+            try:
+                return self._all_texts(module, names, inputs, backprop)
+            except RuntimeError:  # a forward that vmap cannot take, as that of a fused kernel
+                self.batched = False
+        parts = [
+            self._one_text(module, names, [t[i : i + 1] for t in inputs], backprop[i : i + 1])
+            for i in range(backprop.shape[0])
+        ]
+        return [torch.stack(part) for part in zip(*parts, strict=True)]
 
     @staticmethod
     def _all_texts(
@@ -259,21 +273,28 @@ class _Forward(nn.Module):
         return self.module.forward(*inputs)
 
 
+def _is_product(
+    module: nn.Module, output: Tensor, backprop: Tensor, gradients: Sequence[Tensor]
+) -> bool | None:
+    """Whether :func:`_gradient_of_product` gives the gradients; None if these cannot tell."""
+    if [name for name, _ in module.named_parameters()] != ["weight"]:
+        return False
+    if output.dtype != work_dtype(output) or not bool(module.get_parameter("weight").all()):
+        return False
+    mine, theirs = _gradient_of_product(module, output, backprop), gradients[0]
+    if mine.shape != theirs.shape:
+        return False
+    if not bool(theirs.any()):
+        return None
+    largest = theirs.abs().amax()
+    return bool(((mine - theirs).abs() <= 1e-4 * theirs.abs() + 1e-5 * largest).all())
+
+
+def _gradient_of_product(module: nn.Module, output: Tensor, backprop: Tensor) -> Tensor:
+    """Of ``weight * input``, summed over the tokens of each text: shape (texts, columns)."""
+    return (backprop * output).flatten(1, -2).sum(dim=1) / module.get_parameter("weight")
+
+
 def _summed_over_tokens(backprop: Tensor) -> DenseCall:
     summed = backprop.flatten(1, -2).sum(dim=1, dtype=work_dtype(backprop))
     return DenseCall(summed.unsqueeze(1))
-
-
-def _nonzero_span(backprop: Tensor) -> slice:
-    """From the first to the last token that is not zero in every text; empty if all are."""
-    # A few columns tell which tokens count; what is outside their span has to be looked at whole.
-    span = _span_of((backprop[:, :, :16] != 0).any(dim=2).any(dim=0))
-    outside = (backprop[:, : span.start], backprop[:, span.stop :])
-    if any(bool((part != 0).any()) for part in outside if part.shape[1]):
-        span = _span_of((backprop != 0).any(dim=2).any(dim=0))
-    return span
-
-
-def _span_of(active: Tensor) -> slice:
-    found = active.nonzero().flatten().tolist()
-    return slice(found[0], found[-1] + 1) if found else slice(0, 0)

@@ -30,6 +30,7 @@ from lwf_lightning.forgetting.gradient_rules import (
     DenseCall,
     EmbeddingCall,
     Rule,
+    VectorRule,
     rule_of,
     work_dtype,
 )
@@ -294,13 +295,13 @@ class _Capture:
             return None
         if not output.requires_grad:  # nothing before this module trains
             output = output + self._ticket
-        kept = [_Keep.apply(self._ticket, *args).grad_fn]  # type: ignore[no-untyped-call]
+        rule = self.rules[module]
+        wanted = (*args, output.detach()) if isinstance(rule, VectorRule) else args
+        kept = [_Keep.apply(self._ticket, *wanted).grad_fn]  # type: ignore[no-untyped-call]
 
         def receive(backprop: Tensor) -> None:
             inputs = kept.pop().saved_tensors  # dropped at once, as autograd drops its own
-            for attribute, call in self.rules[module](
-                module, list(names), inputs, backprop
-            ).items():
+            for attribute, call in rule(module, list(names), inputs, backprop).items():
                 self._take(names[attribute], call)
 
         output.register_hook(receive)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import batches_of
+from lwf_lightning.forgetting import gradient_rules
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 
 
@@ -35,6 +36,17 @@ class FusedScale(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return _Scale.apply(hidden, self.weight)
+
+
+class Mixed(nn.Module):
+    """A module of one vector that mixes what it multiplies: no product with its weight."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (hidden * self.weight).cumsum(dim=-1) / 4
 
 
 class FlatNorm(nn.Module):
@@ -80,3 +92,36 @@ def test_a_norm_that_cannot_be_batched_is_run_text_by_text(
     fisher = diagonal_fisher(model, batches_of(texts, 3, oracle.PAD))
 
     oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))
+
+
+@pytest.mark.parametrize("kind", ["product", "one weight is 0", "no product", "bfloat16"])
+def test_the_gradient_of_a_norm_from_its_output_only_where_that_is_right(
+    kind: str,
+    oracle: ModuleType,
+    make_texts: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, texts = oracle.make_model("llama"), make_texts(7)
+    layer = model.model.layers[1]
+    for norm in (model.model.norm, layer.input_layernorm, layer.post_attention_layernorm):
+        norm.weight.data.uniform_(0.5, 1.5)
+    if kind == "one weight is 0":
+        layer.input_layernorm.weight.data[3] = 0
+    if kind == "no product":
+        layer.input_layernorm = Mixed(16)
+    if kind == "bfloat16":
+        model = model.bfloat16()
+    found = []
+    original = gradient_rules._gradient_of_product
+    monkeypatch.setattr(
+        gradient_rules,
+        "_gradient_of_product",
+        lambda module, *rest: (found.append(module), original(module, *rest))[1],
+    )
+
+    fisher = diagonal_fisher(model, batches_of(texts, 3, oracle.PAD))
+
+    if kind != "bfloat16":
+        oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))
+    times = found.count(layer.input_layernorm)  # three batches
+    assert times == {"product": 3, "one weight is 0": 0, "no product": 1, "bfloat16": 0}[kind]
