@@ -166,13 +166,16 @@ def _plan(
     cost = pass_cost(device, _count(model.parameters()))
     world = trainer.world_size if ranks is None else ranks
     steps = min(_BATCHES_LOOKED_AT, trainer.max_steps if trainer.max_steps > 0 else math.inf)
+    learning_cost = 0 if module.takes_one_pass else cost
     learning = [
-        passes_of([texts[i] for i in chosen], cost, module.hparams["tokens_per_pass"])
+        passes_of([texts[i] for i in chosen], learning_cost, module.hparams["tokens_per_pass"])
         for chosen in _batches(len(texts), data.batch_size, data.seed, int(steps))
     ]
     options: dict[str, Any] = {
         "learning": _distinct(learning),
         "accumulates": any(len(passes) > 1 for passes in learning),
+        "compares": module.needs_base_weights,
+        "pulls": module.hparams["regularizer"] == "ewc",
         "checkpointing": module.hparams["gradient_checkpointing"],
         "ranks": world if ranks is not None or _shards(trainer) else 1,
         "device": device,

@@ -46,6 +46,11 @@ class LearningMixin(L.LightningModule):
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
+    @property
+    def takes_one_pass(self) -> bool:
+        """Whether all texts of a learning step go through the model together."""
+        return self.learning_loss is not None or isinstance(self.regularizer, FeaturePenalty)
+
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         raise NotImplementedError
 
@@ -67,7 +72,7 @@ class LearningMixin(L.LightningModule):
     def _learning_gradient(self, batch: Batch) -> dict[str, Tensor]:
         """Leaves the gradient of loss and regularizer in the parameters; returns their values."""
         ranks = ranks_of(self.trainer)
-        if self.learning_loss is not None or isinstance(self.regularizer, FeaturePenalty):
+        if self.takes_one_pass:
             figures = self._gradient_in_one_pass(batch, ranks)
         else:
             figures = {"train/loss": self._gradient_in_passes(batch, ranks)}

@@ -73,19 +73,21 @@ def phases(size: ModelSize, plan: Plan) -> list[Phase]:
 
 
 def resident(size: ModelSize, plan: Plan) -> Parts:
-    """What lives as long as the run: weights, and the base copy of those that train."""
+    """What lives as long as the run: weights, and what is kept of those that train."""
     numbers = plan.precision
     frozen = (size.parameters - size.trainable) * numbers.weights
     parts = {"weights": (frozen + size.trainable * numbers.trained) // plan.ranks}
-    if plan.unlearns:
+    if plan.unlearns or plan.compares:
         parts["base copy"] = size.trainable * numbers.trained // plan.ranks
+    if plan.pulls:
+        parts["Fisher of ewc"] = size.trainable * FLOAT // plan.ranks
     return parts
 
 
 def loading(size: ModelSize, plan: Plan) -> Parts:
     """The weights as they are loaded, whole on every rank, and the base copy of the own shard."""
     parts = {"weights": size.parameters * plan.precision.loaded}
-    if plan.unlearns:
+    if plan.unlearns or plan.compares:
         parts["base copy"] = size.trainable * plan.precision.loaded // plan.ranks
     return parts
 

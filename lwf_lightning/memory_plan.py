@@ -132,6 +132,8 @@ class Plan:
         learning: Passes of a learning step.
         evaluation: Passes of an evaluation batch.
         unlearns: Whether the run unlearns: a base copy, and moments of its own.
+        compares: Whether the run looks back at the base weights without unlearning: a base copy.
+        pulls: Whether a pull weighs by the Fisher information, which it keeps.
         anchor: Where theta*_L comes from; None without a FisherCallback.
         unlearning: Passes of an unlearning step.
         probe: Passes of a step of the probe.
@@ -149,6 +151,8 @@ class Plan:
     learning: Sequence[Pass]
     evaluation: Sequence[Pass] = ()
     unlearns: bool = False
+    compares: bool = False
+    pulls: bool = False
     anchor: Literal["probe", "online"] | None = None
     unlearning: Sequence[Pass] = ()
     probe: Sequence[Pass] = ()

@@ -27,6 +27,7 @@ _HALF = "--trainer.precision bf16-true"
 _HELP = {  # part: what makes it smaller
     "weights": f"--model.init_args.dtype bfloat16; {_SHARD}",
     "base copy": f"{_LORA}; {_SHARD}",
+    "Fisher of ewc": f"{_LORA}; {_SHARD}",
     "moments of AdamW": f"{_LORA}; {_HALF}; {_SHARD}",
     "moments of unlearning": f"{_LORA}; {_HALF}; {_SHARD}",
     "gradients": f"{_LORA}; {_HALF}; {_SHARD}",

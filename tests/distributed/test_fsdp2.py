@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 Make = Callable[..., Any]
-RUNS = ("online, true Fisher, npo", "fewer texts than ranks", "replay, generated")
+RUNS = (
+    "online, true Fisher, npo",
+    "one text to forget",
+    "fewer texts than ranks",
+    "replay, generated",
+)
 
 
 def test_two_processes_with_half_of_the_weights_each_equal_one(

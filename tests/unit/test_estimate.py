@@ -68,6 +68,19 @@ def test_the_lengths_are_those_of_the_texts(run):
     assert plan.elicitation.answer == data.max_new_tokens
 
 
+def test_what_a_baseline_keeps_is_counted(run):
+    def plan(**options):
+        return predict(*run({"schedule": "never", **options})).plan
+
+    plain, shrunk, pulled = plan(), plan(regularizer="bss"), plan(regularizer="ewc")
+    assert (plain.compares, plain.pulls) == (shrunk.compares, shrunk.pulls) == (False, False)
+    assert (pulled.compares, pulled.pulls) == (True, True)
+    forgets = plan(learning_loss="token_forgetting")
+    assert (forgets.compares, forgets.pulls) == (True, False)
+    assert all(one.texts == 16 for one in (*shrunk.learning, *forgets.learning))
+    assert not shrunk.accumulates
+
+
 def test_an_adapter_and_shards_take_less(run):
     whole = predict(*run())
     adapted = predict(*run({"lora": LoraConfig(r=2, target_modules="all-linear")}))

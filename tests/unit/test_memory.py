@@ -82,6 +82,10 @@ def test_a_learning_step_by_hand():
 
 def test_what_forgetting_adds_by_hand():
     assert resident(SIZE, LWF) == {"weights": 40_000, "base copy": 40_000}
+    pulled = replace(VANILLA, compares=True, pulls=True)
+    assert resident(SIZE, pulled) == {
+        "weights": 40_000, "base copy": 40_000, "Fisher of ewc": 40_000
+    }  # fmt: skip
     parts = {phase.name: phase.parts for phase in phases(SIZE, LWF)}
     assert parts["probe"]["start copy of the probe"] == 40_000
     assert parts["Fisher"]["anchor"] == parts["Fisher"]["Fisher"] == 40_000
