@@ -47,6 +47,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     start = time.perf_counter()
     cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
     seconds = time.perf_counter() - start
+    cli.datamodule.evaluate_forgetting = False  # the fit's validation has told of those
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     log = Path(str(cli.trainer.log_dir))
