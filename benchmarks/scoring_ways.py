@@ -113,7 +113,10 @@ def make_ways(model: nn.Module, batches: list[Batch]) -> dict[str, Callable[[], 
         return torch.cat(scores)
 
     def score() -> Tensor:
-        found = forgetting_confidence(model, batches, fisher=fisher, anchor=anchor)
+        # the paper's step, for which no norm is needed: the other ways compute none
+        found = forgetting_confidence(
+            model, batches, fisher=fisher, anchor=anchor, text_step="gradient"
+        )
         return torch.stack([found.alignment, found.sensitivity], dim=1)
 
     ways: dict[str, Callable[[], object]] = {

@@ -21,7 +21,11 @@ from lwf_lightning.callbacks.refresh_report import (
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.anchor import probe_anchor
-from lwf_lightning.forgetting.confidence import ForgettingConfidence, forgetting_confidence
+from lwf_lightning.forgetting.confidence import (
+    ForgettingConfidence,
+    TextStep,
+    forgetting_confidence,
+)
 from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.probe_cache import shared_probe
@@ -57,6 +61,8 @@ class FisherCallback(L.Callback):
             model.
         fisher_texts: Texts of the learning task behind the Fisher estimate, at least 1.
         reduction: Whether a text's loss is the mean or the sum over its answer tokens.
+        text_step: Whether a text's own step is its gradient (the paper's) or has ``unit`` length;
+            see :func:`~lwf_lightning.forgetting.forgetting_confidence`.
         alpha: Step size of the text's own gradient step (alpha of the paper); None chooses it
             from the scores' spread, see :func:`~lwf_lightning.forgetting.automatic_alpha`.
         strategy: Which texts to forget; see :func:`~lwf_lightning.forgetting.select_forget_set`.
@@ -95,6 +101,7 @@ class FisherCallback(L.Callback):
         estimator: FisherEstimator = "empirical",
         fisher_texts: int = 256,
         reduction: Reduction = "mean",
+        text_step: TextStep = "unit",
         alpha: float | None = None,
         strategy: SelectionStrategy = "highest",
         forgetting_rate: float = 0.25,
@@ -136,6 +143,7 @@ class FisherCallback(L.Callback):
         self.estimator = estimator
         self.fisher_texts = fisher_texts
         self.reduction = reduction
+        self.text_step: TextStep = text_step
         self.alpha = alpha
         self.strategy = strategy
         self.forgetting_rate = forgetting_rate
@@ -259,6 +267,7 @@ class FisherCallback(L.Callback):
                     fisher=fisher,
                     anchor=anchor,
                     alpha=self.alpha,
+                    text_step=self.text_step,
                     reduction=self.reduction,
                     text_loss=text_loss,
                     progress=ranks.is_first,

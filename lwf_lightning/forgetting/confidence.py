@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import Reduction, per_text_loss
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import local, ranks_of_shards, sharded_like, whole
+
+TextStep: TypeAlias = Literal["unit", "gradient"]
+"""Which step away from theta_base a text's own weights theta*(x) are."""
 
 PRODUCT_LENGTH = 2**16
 """Longest inner product taken at once: on a CPU one running sum holds all of it, and that of two
@@ -34,7 +38,8 @@ class ForgettingConfidence:
 
         FC = 1/2 <F d, d> - alpha <F d, g> + alpha^2/2 <F g, g>.
 
-    The first term is the same for every text and so large that it would drown the ranking.
+    The first term is the same for every text and so large that it would drown the ranking. With
+    ``text_step="unit"`` g is divided by its norm first.
 
     Attributes:
         alignment: <F d, g>, shape (texts,), float32, any sign. High: the text's own gradient
@@ -73,6 +78,7 @@ def forgetting_confidence(
     fisher: Mapping[str, Tensor],
     anchor: Mapping[str, Tensor],
     alpha: float | None = None,
+    text_step: TextStep = "unit",
     reduction: Reduction = "mean",
     text_loss: TextLoss | None = None,
     progress: bool = False,
@@ -90,6 +96,11 @@ def forgetting_confidence(
             trainable parameter, at least 0.
         anchor: theta*_L: one tensor per trainable parameter, of its shape.
         alpha: Step size, above 0; None takes :func:`automatic_alpha`.
+        text_step: Where a text on its own would lead, theta*(x). ``gradient``, the paper's, is
+            theta_base - alpha g. ``unit`` (ours) is theta_base - alpha g / |g|: all texts go
+            equally far, so that confidence tells *where* a text pulls. Otherwise the texts that
+            the model is least sure of, which have the largest gradients, come first whatever
+            they are about; see docs/results.md. A text without a gradient stays at theta_base.
         reduction: Whether a text's loss is the mean (ours by default; the paper does not say) or
             the sum over its labelled tokens.
         text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)
@@ -103,14 +114,16 @@ def forgetting_confidence(
 
     Raises:
         ValueError: If ``fisher`` or ``anchor`` does not fit the model, ``alpha`` is not above
-            0, there is no text, nothing trains, a text has no label, or its loss or score is
+            0, ``text_step`` is unknown, there is no text, nothing trains, a text has no label, or its loss or score is
             not finite.
     """
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha must be above 0, got {alpha}")
     check_fit(fisher, model, what="fisher")
     check_fit(anchor, model, what="anchor")
-    sink = _InnerProducts(model, fisher, anchor)
+    if text_step not in get_args(TextStep):
+        raise ValueError(f"unknown text_step {text_step!r}; choose unit or gradient")
+    sink = _InnerProducts(model, fisher, anchor, with_norms=text_step == "unit")
     loss = text_loss or partial(per_text_loss, reduction=reduction)
     ranks = ranks or ranks_of_shards(model.parameters())
     batches = list(batches)
@@ -119,6 +132,11 @@ def forgetting_confidence(
     )
     alignment = _in_order(sink.alignment, batches, ranks).to(sink.device)
     sensitivity = _in_order(sink.sensitivity, batches, ranks).to(sink.device)
+    if text_step == "unit":
+        squared_norm = _in_order(sink.squared_norm, batches, ranks).to(sink.device)
+        # 0 / 0 of a text without a gradient is to be 0; what is not finite stays so
+        squared_norm[squared_norm == 0] = 1
+        alignment, sensitivity = alignment / squared_norm.sqrt(), sensitivity / squared_norm
     finite = torch.isfinite(alignment) & torch.isfinite(sensitivity)
     if not bool(finite.all()):
         text = int((~finite).nonzero()[0])
@@ -142,7 +160,8 @@ def automatic_alpha(alignment: Tensor, sensitivity: Tensor, multiple: float = 10
     """Chooses alpha from the scores, whatever the scale of weights and gradients (ours).
 
     At 2 std(alignment) / std(sensitivity) both terms of the confidence spread equally over the
-    texts. Several times that lets the sensitivity lead, which found planted outdated texts best.
+    texts. Several times that lets the sensitivity lead, which finds planted outdated texts best:
+    see docs/results.md.
 
     Args:
         alignment: Shape (texts,).
@@ -170,11 +189,15 @@ def automatic_alpha(alignment: Tensor, sensitivity: Tensor, multiple: float = 10
 
 
 class _InnerProducts:
-    """<F d, g> and <F g, g> of every text."""
+    """<F d, g>, <F g, g> and, if asked for, <g, g> of every text."""
 
     @torch.no_grad()
     def __init__(
-        self, model: nn.Module, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        fisher: Mapping[str, Tensor],
+        anchor: Mapping[str, Tensor],
+        with_norms: bool,
     ) -> None:
         self.base = trainable_parameters(model)
         self.fisher: dict[str, Tensor] = {}
@@ -194,6 +217,8 @@ class _InnerProducts:
         self.constant = sum(ranks_of_shards(self.base.values()).gather(constant.item()))
         self.alignment: list[Tensor] = []
         self.sensitivity: list[Tensor] = []
+        self.squared_norm: list[Tensor] = []
+        self.with_norms = with_norms
 
     def begin(self, texts: int) -> None:
         """Adds a place for every text of the batch."""
@@ -201,31 +226,35 @@ class _InnerProducts:
         zeros = torch.zeros(texts, device=self.device, dtype=torch.float32)
         self.alignment.append(zeros)
         self.sensitivity.append(zeros.clone())
+        self.squared_norm.append(zeros.clone())
 
     @contextmanager
     def parameter(self, name: str) -> Iterator[ParameterSink]:
-        """Adds the parameter's share of both inner products."""
-        alignment, sensitivity = (torch.zeros_like(self.alignment[-1]) for _ in range(2))
+        """Adds the parameter's share of the inner products."""
+        alignment, sensitivity, norm = (torch.zeros_like(self.alignment[-1]) for _ in range(3))
         yield _ParameterProducts(
             as_matrix(whole(self.fisher[name])),
             as_matrix(whole(self.base[name])),
             as_matrix(whole(self.anchor[name])),
             alignment,
             sensitivity,
+            norm if self.with_norms else None,
         )
         self.alignment[-1] += alignment
         self.sensitivity[-1] += sensitivity
+        self.squared_norm[-1] += norm
 
 
 @dataclass(frozen=True)
 class _ParameterProducts:
-    """Adds up <F d, g> and <F g, g> of every text over the rows of one parameter."""
+    """Adds up the inner products of every text over the rows of one parameter."""
 
     fisher: Tensor
     base: Tensor
     anchor: Tensor
     alignment: Tensor
     sensitivity: Tensor
+    squared_norm: Tensor | None
 
     def take_block(self, rows: slice, gradients: Tensor) -> None:
         """Two matrix-vector products, the second with the squares."""
@@ -233,6 +262,8 @@ class _ParameterProducts:
         weighted = (self.base[rows].float() - self.anchor[rows].float()).mul_(fisher)
         _add_products(self.alignment, flat, weighted)
         _add_products(self.sensitivity, flat.square_(), fisher)
+        if self.squared_norm is not None:
+            self.squared_norm.add_(flat.sum(dim=1))  # of the squares
 
     def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
         """The same with the rows of each text."""
@@ -242,6 +273,8 @@ class _ParameterProducts:
         self.alignment.index_add_(0, texts, alignment)
         sensitivity = (self.fisher[rows] * gradients.square_()).sum(dim=1)
         self.sensitivity.index_add_(0, texts, sensitivity)
+        if self.squared_norm is not None:
+            self.squared_norm.index_add_(0, texts, gradients.sum(dim=1))  # of the squares
 
 
 def _add_products(sums: Tensor, vectors: Tensor, weights: Tensor) -> None:

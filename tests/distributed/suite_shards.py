@@ -112,7 +112,7 @@ def test_fisher_and_scores_equal_brute_force(
     texts, model = make_texts(count), make_model(oracle, name)
     expected = oracle.fisher_oracle(model, texts)
     anchor = oracle.nearby_weights(model)
-    confidence = oracle.confidence_oracle(model, texts, expected, anchor, 0.3)
+    confidence = oracle.confidence_oracle(model, texts, expected, anchor, 0.3, text_step="unit")
     model = sharded(model, mesh)
     before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
     batches = list(batches_of(texts, 2, pad_token_id=0))

@@ -56,15 +56,23 @@ def confidence_oracle(
     anchor: Mapping[str, Tensor],
     alpha: float,
     reduction: str = "mean",
+    text_step: str = "gradient",
 ) -> Tensor:
     """The paper's formula as it stands, constant included."""
+
+    def length(gradients: Mapping[str, Tensor]) -> Any:
+        if text_step == "gradient":
+            return 1.0
+        return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+
     base = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
     return torch.stack(
         [
             sum(
                 (
                     fisher[name].double()
-                    * (base[name] - alpha * gradient - anchor[name].double()) ** 2
+                    * (base[name] - alpha * gradient / length(gradients) - anchor[name].double())
+                    ** 2
                 ).sum()
                 / 2
                 for name, gradient in gradients.items()

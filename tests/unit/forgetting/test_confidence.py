@@ -28,9 +28,11 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("reduction", "text_step"), [("mean", "gradient"), ("sum", "gradient"), ("mean", "unit")]
+)
 def test_it_equals_the_formula(
-    name: str, reduction: Any, oracle: ModuleType, make_texts: Callable[..., Any]
+    name: str, reduction: Any, text_step: Any, oracle: ModuleType, make_texts: Callable[..., Any]
 ) -> None:
     model, texts, alpha = oracle.make_model(name), make_texts(12), 0.1
     learning = make_texts(5, seed=1)
@@ -43,10 +45,11 @@ def test_it_equals_the_formula(
         fisher=fisher,
         anchor=anchor,
         alpha=alpha,
+        text_step=text_step,
         reduction=reduction,
     )
 
-    expected = oracle.confidence_oracle(model, texts, fisher, anchor, alpha, reduction)
+    expected = oracle.confidence_oracle(model, texts, fisher, anchor, alpha, reduction, text_step)
     base = dict(model.named_parameters())
     constant = sum(
         (fisher[key].double() * (base[key].detach().double() - anchor[key].double()) ** 2).sum()
@@ -83,7 +86,11 @@ def test_both_terms_equal_the_loop_at_any_batch_and_block_size(
     for batch_size, elements in [(1, 2**18), (3, 1), (3, 16 * 3), (7, 50)]:
         monkeypatch.setitem(gradient_sinks.BLOCK_ELEMENTS, "cpu", elements)
         scores = forgetting_confidence(
-            model, batches_of(texts, batch_size, oracle.PAD), fisher=fisher, anchor=anchor
+            model,
+            batches_of(texts, batch_size, oracle.PAD),
+            fisher=fisher,
+            anchor=anchor,
+            text_step="gradient",
         )
         torch.testing.assert_close(
             scores.alignment.double(),
@@ -107,6 +114,7 @@ def test_sums_over_millions_of_weights_stay_exact(texts: int) -> None:
         fisher={"weight": fisher},
         anchor={"weight": anchor},
         text_loss=lambda m, b: (m(b["features"]) * b["weights"]).sum(dim=(1, 2)),
+        text_step="gradient",
     )
 
     gradients = batch["weights"].double().mT @ batch["features"].double()
@@ -143,13 +151,46 @@ def test_a_gradient_step_that_leads_to_the_anchor_lowers_confidence(
     step = {n: p.detach() - 0.1 * gradient[n].float() for n, p in model.named_parameters()}
     fisher = {name: torch.ones_like(value) for name, value in step.items()}
 
-    scores = forgetting_confidence(
-        model, batches_of(texts, 1, oracle.PAD), fisher=fisher, anchor=step, alpha=0.1
+    for text_step, alpha in (("gradient", 0.1), ("unit", 0.1 * norm_of(gradient))):
+        scores = forgetting_confidence(
+            model,
+            batches_of(texts, 1, oracle.PAD),
+            fisher=fisher,
+            anchor=step,
+            alpha=alpha,
+            text_step=text_step,
+        )
+        assert scores.alignment.item() > 0
+        full = scores.constant + scores.confidence.item()  # the step arrives: FC is 0
+        assert full == pytest.approx(0, abs=1e-4 * scores.constant)
+
+
+def norm_of(gradients: dict[str, Tensor]) -> float:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+
+
+def test_a_unit_step_does_not_depend_on_the_scale_of_a_texts_loss(
+    oracle: ModuleType, make_texts: Callable[..., Any]
+) -> None:
+    model, texts = oracle.make_model("llama_tied"), make_texts(3)
+    batches = list(batches_of(texts, 3, oracle.PAD))
+    fisher, anchor = diagonal_fisher(model, batches), oracle.nearby_weights(model)
+    scale = torch.tensor([1.0, 1000.0, 0.0])
+
+    plain, scaled = (
+        forgetting_confidence(
+            model,
+            batches,
+            fisher=fisher,
+            anchor=anchor,
+            alpha=0.1,
+            text_loss=lambda m, b, by=by: per_text_loss(m, b) * by,
+        )
+        for by in (torch.ones(3), scale)
     )
 
-    assert scores.alignment.item() > 0
-    full = scores.constant + scores.confidence.item()  # the step arrives: FC is 0
-    assert full == pytest.approx(0, abs=1e-4 * scores.constant)
+    torch.testing.assert_close(scaled.confidence[:2], plain.confidence[:2], rtol=1e-5, atol=0)
+    assert scaled.confidence[2] == 0  # no gradient: it stays at the base weights
 
 
 def test_confidence_of_the_parts() -> None:
