@@ -30,7 +30,7 @@ class BatchSpectralShrinkage(FeaturePenalty):
         self.strength, self.count = check_strength(strength), int(count)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """See :class:`FeaturePenalty`; at least 0, but for rounding.
+        """See :class:`FeaturePenalty`; at least 0, but for rounding. Not finite where a feature is not.
 
         Raises:
             ValueError: If there are fewer singular values than ``count``.
@@ -46,5 +46,8 @@ class BatchSpectralShrinkage(FeaturePenalty):
         if features.shape[0] > features.shape[1]:
             features = features.T  # the smaller Gram matrix: the other has zeros besides
         with torch.autocast(features.device.type, enabled=False):
-            values: Tensor = torch.linalg.eigvalsh(features @ features.T)
+            gram = features @ features.T
+            if not bool(torch.isfinite(gram).all()):  # of which eigenvalues would be an exception
+                return gram.sum()
+            values: Tensor = torch.linalg.eigvalsh(gram)
         return self.strength * values[: self.count].sum()

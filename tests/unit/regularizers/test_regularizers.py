@@ -53,6 +53,19 @@ def test_bss_has_a_finite_gradient_where_singular_values_are_equal() -> None:
     torch.testing.assert_close(matrix.grad.square().sum().item(), 2 * 4.0**2)  # two directions
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bss_of_a_feature_that_is_not_finite_is_not_finite(value: float) -> None:
+    # the step is then skipped and counted, as with any loss; torch's eigenvalues would raise
+    matrix = features(3, 5)
+    matrix[1, 2] = value
+    matrix.requires_grad_()
+    penalty = BatchSpectralShrinkage()(matrix)
+    assert not bool(penalty.isfinite())
+    penalty.backward()
+    assert matrix.grad is not None
+    assert not bool(matrix.grad.isfinite().all())
+
+
 def test_bss_refuses_more_singular_values_than_there_are() -> None:
     with pytest.raises(ValueError, match=r"3 texts with 5 features each have 3 .* but count is 4"):
         BatchSpectralShrinkage(count=4)(features(3, 5))
