@@ -30,7 +30,7 @@ class BatchSpectralShrinkage(FeaturePenalty):
         self.strength, self.count = check_strength(strength), int(count)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """See :class:`FeaturePenalty`; at least 0, but for rounding. Not finite where a feature is not.
+        """See :class:`FeaturePenalty`; at least 0, but for rounding, or not finite as a feature.
 
         Raises:
             ValueError: If there are fewer singular values than ``count``.
