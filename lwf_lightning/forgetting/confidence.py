@@ -114,8 +114,8 @@ def forgetting_confidence(
 
     Raises:
         ValueError: If ``fisher`` or ``anchor`` does not fit the model, ``alpha`` is not above
-            0, ``text_step`` is unknown, there is no text, nothing trains, a text has no label, or its loss or score is
-            not finite.
+            0, ``text_step`` is unknown, there is no text, nothing trains, a text has no label, or
+            its loss or score is not finite.
     """
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha must be above 0, got {alpha}")
