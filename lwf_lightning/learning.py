@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch, batches_of
 from lwf_lightning.data.passes import forward_passes
@@ -16,7 +15,7 @@ from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import labelled_tokens
-from lwf_lightning.optimization import labelled_token_count
+from lwf_lightning.optimization import clip_gradients, labelled_token_count
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.regularizers import (
     FeaturePenalty,
@@ -25,7 +24,7 @@ from lwf_lightning.regularizers import (
     head_inputs,
     prompt_features,
 )
-from lwf_lightning.shards import in_step, whole
+from lwf_lightning.shards import in_step
 from lwf_lightning.token_forgetting import TokenForgetting
 from lwf_lightning.unlearning import tokens_under
 
@@ -58,7 +57,7 @@ class LearningMixin(L.LightningModule):
         optimizers = self.optimizers()
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         figures = self._learning_gradient(batch)
-        norm = whole(clip_grad_norm_(self.model.parameters(), self.hparams["max_grad_norm"]))
+        norm = clip_gradients(self.model.parameters(), self.hparams["max_grad_norm"])
         if self._is_finite(sum(figures.values(), norm), "learning"):
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()

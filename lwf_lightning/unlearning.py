@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import ranks_of
@@ -15,7 +14,7 @@ from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import LabelledTokens, labelled_tokens
 from lwf_lightning.objectives import Objective
-from lwf_lightning.shards import whole
+from lwf_lightning.optimization import clip_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +91,7 @@ class UnlearningMixin(L.LightningModule):
             loss = losses.where(pushed, 0.0).sum() / len(all_losses)
             self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
             limit = self.hparams["unlearning_max_grad_norm"]
-            figures["unlearn/grad_norm"] = whole(clip_grad_norm_(self.model.parameters(), limit))
+            figures["unlearn/grad_norm"] = clip_gradients(self.model.parameters(), limit)
             if self._is_finite(figures["unlearn/grad_norm"], "unlearning"):
                 rows = {key: value[pushed] for key, value in batch.items()}
                 self._ascend(rows, nll[pushed], figures["unlearn/grad_norm"])

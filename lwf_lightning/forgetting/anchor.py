@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from lwf_lightning.data.batch import Batch
@@ -14,7 +13,7 @@ from lwf_lightning.data.passes import forward_passes, take_texts
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.weights import copy_weights, exchange, trainable_parameters
 from lwf_lightning.losses import labelled_tokens
-from lwf_lightning.optimization import can_fuse, labelled_token_count
+from lwf_lightning.optimization import can_fuse, clip_gradients, labelled_token_count
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import in_step
 
@@ -87,7 +86,7 @@ def probe_anchor(
                     f"lower its learning rate (now {learning_rate:g})"
                 )
             ranks.sum_gradients(parameters)
-            clip_grad_norm_(parameters, max_grad_norm)
+            clip_gradients(parameters, max_grad_norm)
             optimizer.step()
             decay.step()
         return start  # it will hold the probe's weights: the finally clause exchanges them

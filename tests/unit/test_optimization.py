@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lwf_lightning.optimization import build_adamw, can_fuse
+from lwf_lightning.optimization import build_adamw, can_fuse, clip_gradients
 
 
 def one_step(weight: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
@@ -31,3 +31,27 @@ def test_where_torch_cannot_fuse_the_plain_step_is_taken() -> None:
     optimizer = build_adamw(parameters, learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.95))
     assert not optimizer.param_groups[0]["fused"]
     one_step(parameters[0], optimizer)
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 1e4])
+def test_gradients_are_clipped_to_a_norm_that_no_rounding_hides(max_norm: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(5_000_001,), (3, 7), (0, 4), (1,)]  # more than a block, and nothing at all
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+    parameters.append(nn.Parameter(torch.zeros(2)))  # without a gradient
+    before = torch.cat([p.grad.flatten() for p in parameters[:-1]])  # type: ignore[union-attr]
+    norm = clip_gradients(parameters, max_norm)
+    expected = before.double().square().sum().sqrt()
+    torch.testing.assert_close(norm, expected.float(), rtol=1e-7, atol=0)
+    after = torch.cat([p.grad.flatten() for p in parameters[:-1]])  # type: ignore[union-attr]
+    torch.testing.assert_close(after, before * min(1.0, max_norm / float(expected)))
+    assert parameters[-1].grad is None
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
+    for value in (float("nan"), float("inf")):
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([1.0, value])
+        assert not torch.isfinite(clip_gradients([weight], 1.0))
