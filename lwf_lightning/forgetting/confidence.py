@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.forgetting.gradient_rules import work_dtype
 from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
 from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
 from lwf_lightning.forgetting.tensors import check_fit
@@ -42,9 +43,10 @@ class ForgettingConfidence:
     ``text_step="unit"`` g is divided by its norm first.
 
     Attributes:
-        alignment: <F d, g>, shape (texts,), float32, any sign. High: the text's own gradient
-            step leads to the learning task's weights, which *lowers* confidence.
-        sensitivity: <F g, g>, shape (texts,), float32, at least 0. High: the text pulls at
+        alignment: <F d, g>, shape (texts,), float32 (float64 if the weights are), any sign. High:
+            the text's own gradient step leads to the learning task's weights, which *lowers*
+            confidence.
+        sensitivity: <F g, g>, of the same shape and type, at least 0. High: the text pulls at
             weights that matter to the learning task.
         alpha: Step size of the text's own gradient step, above 0.
         constant: 1/2 <F d, d>, at least 0.
@@ -57,7 +59,7 @@ class ForgettingConfidence:
 
     @property
     def confidence(self) -> Tensor:
-        """FC without the constant, shape (texts,), float32. High means: forget it."""
+        """FC without the constant, shape (texts,). High means: forget it."""
         return self.alpha**2 / 2 * self.sensitivity - self.alpha * self.alignment
 
     def reordered(self, places: Sequence[int]) -> ForgettingConfidence:
@@ -205,16 +207,18 @@ class _InnerProducts:
         self.device = next(iter(self.base.values())).device
         constant = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, base in self.base.items():
-            self.fisher[name] = sharded_like(fisher[name], base).to(base.device, torch.float32)
+            dtype = work_dtype(base)
+            self.fisher[name] = sharded_like(fisher[name], base).to(base.device, dtype)
             self.anchor[name] = sharded_like(anchor[name], base).to(base.device)
             tensors = (local(t) for t in (base, self.anchor[name], self.fisher[name]))
             # in parts that stay in cache
             for part in zip(
                 *(torch.split(t.flatten(), PRODUCT_LENGTH) for t in tensors), strict=True
             ):
-                difference = part[0].float() - part[1].float()
+                difference = part[0].to(part[2]) - part[1].to(part[2])
                 constant += torch.dot(difference, difference * part[2]) / 2
         self.constant = sum(ranks_of_shards(self.base.values()).gather(constant.item()))
+        self.dtype = dtype
         self.alignment: list[Tensor] = []
         self.sensitivity: list[Tensor] = []
         self.squared_norm: list[Tensor] = []
@@ -222,8 +226,7 @@ class _InnerProducts:
 
     def begin(self, texts: int) -> None:
         """Adds a place for every text of the batch."""
-        # float32 whatever the default type: under bf16-true it is bfloat16
-        zeros = torch.zeros(texts, device=self.device, dtype=torch.float32)
+        zeros = torch.zeros(texts, device=self.device, dtype=self.dtype)
         self.alignment.append(zeros)
         self.sensitivity.append(zeros.clone())
         self.squared_norm.append(zeros.clone())
@@ -231,7 +234,8 @@ class _InnerProducts:
     @contextmanager
     def parameter(self, name: str) -> Iterator[ParameterSink]:
         """Adds the parameter's share of the inner products."""
-        alignment, sensitivity, norm = (torch.zeros_like(self.alignment[-1]) for _ in range(3))
+        zeros = torch.zeros_like(self.alignment[-1], dtype=self.fisher[name].dtype)
+        alignment, sensitivity, norm = zeros, zeros.clone(), zeros.clone()
         yield _ParameterProducts(
             as_matrix(whole(self.fisher[name])),
             as_matrix(whole(self.base[name])),
@@ -258,8 +262,9 @@ class _ParameterProducts:
 
     def take_block(self, rows: slice, gradients: Tensor) -> None:
         """Two matrix-vector products, the second with the squares."""
-        flat, fisher = gradients.flatten(1).float(), self.fisher[rows]
-        weighted = (self.base[rows].float() - self.anchor[rows].float()).mul_(fisher)
+        fisher = self.fisher[rows]
+        flat = gradients.flatten(1).to(fisher)
+        weighted = (self.base[rows].to(fisher) - self.anchor[rows].to(fisher)).mul_(fisher)
         _add_products(self.alignment, flat, weighted)
         _add_products(self.sensitivity, flat.square_(), fisher)
         if self.squared_norm is not None:
@@ -267,8 +272,8 @@ class _ParameterProducts:
 
     def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
         """The same with the rows of each text."""
-        gradients = gradients.float()
-        difference = self.base[rows].float() - self.anchor[rows].float()
+        gradients = gradients.to(self.fisher)
+        difference = self.base[rows].to(self.fisher) - self.anchor[rows].to(self.fisher)
         alignment = (difference.mul_(self.fisher[rows]) * gradients).sum(dim=1)
         self.alignment.index_add_(0, texts, alignment)
         sensitivity = (self.fisher[rows] * gradients.square_()).sum(dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.forgetting.gradient_rules import work_dtype
 from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
 from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
 from lwf_lightning.forgetting.weights import trainable_parameters
@@ -59,8 +60,8 @@ def diagonal_fisher(
             batches and gets the whole result. By default this process is alone.
 
     Returns:
-        Parameter name -> float32 tensor of the parameter's shape, on its device, at least 0;
-        trainable parameters only, a tied one once.
+        Parameter name -> float32 tensor (float64 if the parameter is) of the parameter's shape, on
+        its device, at least 0; trainable parameters only, a tied one once.
 
     Raises:
         ValueError: If there is no text, nothing trains, a text has no label, a loss or the
@@ -120,11 +121,11 @@ def fisher_sums(
 
 
 class _SquareSums:
-    """Adds up squared gradients, one float32 tensor per parameter."""
+    """Adds up squared gradients, one tensor per parameter."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sums = {
-            name: torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+            name: torch.zeros_like(p, dtype=work_dtype(p), memory_format=torch.contiguous_format)
             for name, p in trainable_parameters(model).items()
         }
 
