@@ -204,11 +204,11 @@ class _InnerProducts:
         self.base = trainable_parameters(model)
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
-        self.device = next(iter(self.base.values())).device
+        first = next(iter(self.base.values()))
+        self.device, self.dtype = first.device, work_dtype(first)
         constant = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, base in self.base.items():
-            dtype = work_dtype(base)
-            self.fisher[name] = sharded_like(fisher[name], base).to(base.device, dtype)
+            self.fisher[name] = sharded_like(fisher[name], base).to(base.device, work_dtype(base))
             self.anchor[name] = sharded_like(anchor[name], base).to(base.device)
             tensors = (local(t) for t in (base, self.anchor[name], self.fisher[name]))
             # in parts that stay in cache
@@ -218,7 +218,6 @@ class _InnerProducts:
                 difference = part[0].to(part[2]) - part[1].to(part[2])
                 constant += torch.dot(difference, difference * part[2]) / 2
         self.constant = sum(ranks_of_shards(self.base.values()).gather(constant.item()))
-        self.dtype = dtype
         self.alignment: list[Tensor] = []
         self.sensitivity: list[Tensor] = []
         self.squared_norm: list[Tensor] = []

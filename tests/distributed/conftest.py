@@ -23,10 +23,10 @@ GLOBAL_BATCH, GLOBAL_FORGET_BATCH = 4, 4
 FOLDER = "LWF_TEST_FOLDER"  # what the launching test and its ranks share
 STRATEGY = "LWF_TEST_STRATEGY"
 
-# What the runs ask of module, datamodule and callback. With AdamW the sign of a tiny gradient
-# decides a step, so rates are small enough for rounding not to grow; in float64 nothing is small.
+FLOAT32 = ("probe",)  # of RUNS; the others are in float64, where rounding hides nothing
+# What the runs ask of module, datamodule and callback.
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
-    "probe": {"module": {"tokens_per_pass": 8}},
+    "probe": {"module": {"tokens_per_pass": 8, "learning_rate": 5e-4}},
     "online, true Fisher, npo": {
         "module": {"objective": "npo", "schedule": "random"},
         "callback": {
@@ -57,10 +57,6 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "regularizer": "l2sp",
             "regularizer_options": {"strength": 1.0},
         },
-    },
-    "float64": {
-        "module": {"learning_rate": 1e-2, "unlearning_scale": 1.0, "tokens_per_pass": 8},
-        "callback": {"anchor": "online", "refresh_interval": 5, "estimator": "true"},
     },
     "replay, generated": {
         "module": {
@@ -134,9 +130,9 @@ def make_run(
     def make(name: str, ranks: int, callbacks: Any = (), **trainer_options: Any) -> Any:
         options = RUNS[name]
         module = make_module(
-            **{"learning_rate": 5e-4, "unlearning_scale": 0.5, **options.get("module", {})}
+            **{"learning_rate": 1e-3, "unlearning_scale": 0.5, **options.get("module", {})}
         )
-        if name == "float64":
+        if name not in FLOAT32:
             load = module.load_whole_model
             module.load_whole_model = lambda: load().double()
         data = make_data(

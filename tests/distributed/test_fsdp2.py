@@ -10,6 +10,7 @@ import torch
 
 Make = Callable[..., Any]
 RUNS = (
+    "probe",
     "online, true Fisher, npo",
     "one text to forget",
     "fewer texts than ranks",
