@@ -46,7 +46,7 @@ format: install ## Format the code
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/bench smollm2 ## Measure everything against its bar: one table, benchmarks/results.json
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --resume
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

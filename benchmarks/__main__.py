@@ -1,6 +1,6 @@
 """All benchmarks, one table: ``python -m benchmarks`` (or ``make bench``).
 
-    python -m benchmarks                    # all of them, in about half an hour
+    python -m benchmarks                    # all of them, in about half an hour of two cores
     python -m benchmarks --only scoring     # one of them; the others keep their last results
     python -m benchmarks --resume           # what has not finished at this commit
     python -m benchmarks --quick            # does everything still run? the figures mean nothing
@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import record
-from benchmarks.harness import Result, Skipped
+from benchmarks.harness import NotHere, Result, Skipped
 
 
 def find_benchmarks() -> dict[str, ModuleType]:
@@ -52,6 +53,8 @@ def run(module: ModuleType, *, quick: bool) -> Iterator[dict[str, Any]]:
             found = iter([Skipped(name, "", "it has no quick version")])
         for result in found:
             yield result.as_json()
+    except NotHere as error:
+        yield Skipped(name, "", str(error)).as_json()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("lwf_lightning", "benchmarks"):
             raise
@@ -81,27 +84,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, commit = Console(), record.commit()
     kept = record.read(options.output)
     ran: dict[str, Any] = {}
-    for name in options.only or benchmarks:
-        known = kept["benchmarks"].get(name)
-        if options.resume and not options.quick and _is_done(known, commit, options.threads):
-            ran[name] = known
-            continue
-        start, found = time.perf_counter(), []
-        with console.status(f"{name} ...") as status:
+    names = options.only or list(benchmarks)
+    text = TextColumn("{task.description}")
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), text)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(bar, description=name)
+            known = kept["benchmarks"].get(name)
+            if options.resume and not options.quick and _is_done(known, commit, options.threads):
+                ran[name] = known
+                console.print(f"{name}: done before at this commit")
+                progress.advance(bar)
+                continue
+            start, found = time.perf_counter(), []
             for result in run(benchmarks[name], quick=options.quick):
                 found.append(result)
-                status.update(f"{name}: {len(found)} done, the last: {result['work']}")
-        ran[name] = {
-            "commit": commit,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "threads": options.threads,
-            "seconds": round(time.perf_counter() - start, 1),
-            "results": found,
-        }
-        console.print(f"{name}: {ran[name]['seconds']:.0f} s")
-        if not options.quick:
-            kept["benchmarks"][name] = ran[name]
-            record.write(options.output, kept)
+                progress.update(bar, description=f"{name}, the last: {result['work']}")
+            ran[name] = {
+                "commit": commit,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "threads": options.threads,
+                "seconds": round(time.perf_counter() - start, 1),
+                "results": found,
+            }
+            console.print(f"{name}: {ran[name]['seconds']:.0f} s")
+            progress.advance(bar)
+            if not options.quick:
+                kept["benchmarks"][name] = ran[name]
+                record.write(options.output, kept)
     title = f"{options.threads} threads, commit {commit}" + (
         ", quick: the figures mean nothing" if options.quick else ""
     )

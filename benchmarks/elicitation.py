@@ -21,20 +21,30 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.harness import DATA, Result, Skipped, ratio_of_medians, take_turns
+from benchmarks.harness import (
+    DATA,
+    MODEL,
+    QUICK_MODEL,
+    Result,
+    model_and_tokenizer,
+    need_data,
+    ratio_of_medians,
+    take_turns,
+)
 from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.generation import _cut, _stop_check, eos_token_ids, generate_answers
-from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.tasks import get_task, load_rows
 
 TASKS = ("psychol", "dental", "qasc", "gsm8k", "sst5")
 WORK, PLAIN = "elicitation, tokens per second", "generate in data order, batch 8"
 
 
-def mixed_prompts(tokenizer: Any, per_task: int) -> tuple[list[tuple[int, ...]], list[str]]:
+def mixed_prompts(
+    tokenizer: Any, per_task: int, tasks: Sequence[str] = TASKS
+) -> tuple[list[tuple[int, ...]], list[str]]:
     """Token ids of prompts of all tasks in random order, and the texts at which answers end."""
     order, ids, stop = random.Random(0), [], {}
-    for name in TASKS:
+    for name in tasks:
         task = get_task(name)
         rows = order.sample(list(load_rows(task, "train", data_dir=DATA)), per_task)
         ids += [encode_prompt(tokenizer, task.example(row).prompt) for row in rows]
@@ -75,21 +85,15 @@ def in_data_order(
     return answers
 
 
-def results(
-    *, per_task: int = 12, rounds: int = 2, quick: bool = False
-) -> Iterator[Result | Skipped]:
+def results(*, per_task: int = 8, rounds: int = 2, quick: bool = False) -> Iterator[Result]:
     """One line: how many times the tokens per second of ``generate``."""
-    if not (DATA / "qasc").is_dir():
-        yield Skipped(WORK, PLAIN, f"no data in {DATA}: set LWF_DATA_DIR")
-        return
-    try:
-        model, tokenizer = load_model("smollm2-135m").eval(), load_tokenizer("smollm2-135m")
-    except ValueError as error:
-        yield Skipped(WORK, PLAIN, str(error))
-        return
-    new = 4 if quick else 64
-    per_task, rounds = (1, 1) if quick else (per_task, rounds)
-    prompts, stop = mixed_prompts(tokenizer, per_task)
+    if quick:
+        per_task, rounds, new, tasks = 4, 1, 4, ("world_forgetting",)
+    else:
+        need_data()
+        new, tasks = 64, TASKS
+    model, tokenizer = model_and_tokenizer(QUICK_MODEL if quick else MODEL)
+    prompts, stop = mixed_prompts(tokenizer, per_task, tasks)
     answers: dict[str, list[tuple[int, ...]]] = {}
     processor: dict[str, list[float]] = {"plain": [], "ours": []}
 
@@ -133,7 +137,7 @@ def results(
 def main() -> None:
     """Prints the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-task", type=int, default=12, help="prompts of each of five tasks")
+    parser.add_argument("--per-task", type=int, default=8, help="prompts of each of five tasks")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()

@@ -15,32 +15,37 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.harness import DATA, Result, Skipped, ratio_of_medians, take_turns
+from benchmarks.harness import (
+    DATA,
+    MODEL,
+    QUICK_MODEL,
+    Result,
+    model_and_tokenizer,
+    need_data,
+    ratio_of_medians,
+    take_turns,
+)
 from lwf_lightning.data.evaluation import eval_items, eval_loader
 from lwf_lightning.metrics import choice, choice_log_likelihoods
-from lwf_lightning.models import load_model, load_tokenizer
+from lwf_lightning.ranks import Ranks
 from lwf_lightning.tasks import get_task, load_rows
 
 WORK, PLAIN = "evaluation by choices, qasc", "one text per choice"
 
 
-def results(
-    *, questions: int = 32, rounds: int = 3, quick: bool = False
-) -> Iterator[Result | Skipped]:
+def results(*, questions: int = 32, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
     """One line: the time of shared prompts as a part of the other's."""
-    if not (DATA / "qasc").is_dir():
-        yield Skipped(WORK, PLAIN, f"no data in {DATA}: set LWF_DATA_DIR")
-        return
-    try:
-        model, tokenizer = load_model("smollm2-135m").eval(), load_tokenizer("smollm2-135m")
-    except ValueError as error:
-        yield Skipped(WORK, PLAIN, str(error))
-        return
-    questions, rounds = (2, 1) if quick else (questions, rounds)
-    task = get_task("qasc")
+    if quick:
+        questions, rounds = 2, 1
+    else:
+        need_data()
+    model, tokenizer = model_and_tokenizer(QUICK_MODEL if quick else MODEL)
+    task = get_task("world_learning" if quick else "qasc")
     examples = task.examples(list(load_rows(task, "validation", data_dir=DATA))[:questions])
     items = eval_items(tokenizer, examples, "choice", 512)
-    loader = eval_loader(items, task="qasc", kind="choice", batch_size=16, pad_token_id=0)
+    loader = eval_loader(
+        items, task=task.name, kind="choice", batch_size=16, pad_token_id=0, ranks=Ranks()
+    )
     batches = [batch.batch for batch in loader]
     sums: dict[bool, torch.Tensor] = {}
 

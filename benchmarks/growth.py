@@ -4,9 +4,10 @@
     python -m benchmarks.growth --plot       # the picture alone
 
 Seconds are CPU time of one thread, which other programs hardly disturb; each is a median of rounds
-that take turns. Every point is appended to ``benchmarks/growth.jsonl`` when it is finished; a run
-that was cut off goes on with the next point. Remove the file to measure anew. The picture,
-``docs/figures/growth.png``, shows a line fitted to each curve: its slope and R squared.
+that take turns. Every point has a process of its own and is appended to ``benchmarks/growth.jsonl``
+when it is finished; a run that was cut off goes on with the next point. Remove the file to measure
+anew. The picture, ``docs/figures/growth.png``, shows a line fitted to each curve: its slope and R
+squared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import record
-from benchmarks.harness import take_turns
+from benchmarks.growth_picture import Curve, draw
+from benchmarks.harness import QUICK_MODEL, Result, take_turns
 from benchmarks.memory import ENVIRONMENT, forget_peak, resident
 from lwf_lightning import LWFDataModule, LWFModule
 from lwf_lightning.data.batch import Batch
@@ -55,22 +57,49 @@ SERIES: dict[str, list[Any]] = {
     "parameters": list(SHAPES),
     "interval": [1, 2, 4, 8, 16, 32, None],
 }
+QUICK: dict[str, list[Any]] = {"texts": [8, 16], "interval": [2, None]}
 BATCH = 8
 LEARNING_STEPS = 32
+STEEPEST = 1.1  # slope on logarithmic axes: 1 is linear
 
 
-def measure(series: str, values: list[Any], rounds: int) -> Iterator[dict[str, Any]]:
-    """Points: seconds and bytes by name."""
-    if series == "interval":
-        yield from _measure_intervals(values, rounds)
+def results(*, rounds: int = 2, quick: bool = False) -> Iterator[Result]:
+    """How steeply each curve grows; measures what is missing and draws the picture."""
+    if quick:
+        with tempfile.TemporaryDirectory() as folder:
+            points = [
+                {"series": series, "value": value, **measure(series, value, 1, steps=2)}
+                for series, values in QUICK.items()
+                for value in values
+            ]
+            yield from _as_results(draw(points, Path(folder) / "growth.png"))
         return
-    for value in values:
-        yield _measure_scoring(
-            shape={"texts": "1M", "tokens": "4M"}.get(series, value),
-            texts=value if series == "texts" else BATCH,
-            tokens=value if series == "tokens" else 16,
-            rounds=rounds,
+    measure_missing(list(SERIES), rounds, threads=1, path=POINTS)
+    yield from _as_results(draw(read_points(POINTS).values(), PICTURE))
+
+
+def _as_results(curves: Iterable[Curve]) -> Iterator[Result]:
+    for curve in curves:
+        yield Result(
+            f"{curve.quantity} of {curve.name} against {curve.series}",
+            "a line on logarithmic axes" if curve.logarithmic else "a line, relative to its start",
+            curve.growth,
+            STEEPEST if curve.logarithmic else None,
+            unit="slope",
+            details={"x": list(curve.x), "y": list(curve.y), "r_squared": curve.r_squared},
         )
+
+
+def measure(series: str, value: Any, rounds: int, *, steps: int = LEARNING_STEPS) -> dict[str, Any]:
+    """A point: seconds and bytes by name."""
+    if series == "interval":
+        return _measure_interval(value, rounds, steps)
+    return _measure_scoring(
+        shape={"texts": "1M", "tokens": "4M"}.get(series, value),
+        texts=value if series == "texts" else BATCH,
+        tokens=value if series == "tokens" else 16,
+        rounds=rounds,
+    )
 
 
 def _measure_scoring(shape: str, texts: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -142,24 +171,17 @@ def _score(model: LlamaForCausalLM, batches: list[Batch]) -> None:
     per_text_loss(model, batches[0]).mean().backward()
 
 
-def _measure_intervals(intervals: list[int | None], rounds: int) -> Iterator[dict[str, Any]]:
-    """Fits of the embedded world that take turns; all that its base model says is unlearned."""
-    seconds: dict[int | None, list[float]] = {interval: [] for interval in intervals}
-    peaks, steps = {}, {}
+def _measure_interval(interval: int | None, rounds: int, steps: int) -> dict[str, Any]:
+    """Fits of the embedded world, all that its base model says being unlearned."""
     with tempfile.TemporaryDirectory() as folder:
-        _fit(intervals[0], folder)  # warms up, and keeps what was elicited
+        _fit(interval, folder, steps)  # warms up, and keeps what was elicited
         before = resident()[1]
-        for _ in range(rounds):
-            for interval in intervals:
-                clock, steps[interval] = _fit(interval, folder)
-                seconds[interval].append(clock.seconds)
-                peaks[interval] = clock.peak - before
-    for interval in intervals:
-        yield {
-            "size": steps[interval],
-            "seconds": {"learning step": median(seconds[interval]) / LEARNING_STEPS},
-            "bytes": {"learning step": peaks[interval]},
-        }
+        fits = [_fit(interval, folder, steps) for _ in range(rounds)]
+    return {
+        "size": fits[0][1],
+        "seconds": {"learning step": median(clock.seconds for clock, _ in fits) / steps},
+        "bytes": {"learning step": max(clock.peak for clock, _ in fits) - before},
+    }
 
 
 class _Clock(L.Callback):
@@ -174,11 +196,11 @@ class _Clock(L.Callback):
         self.peak = resident()[0]
 
 
-def _fit(interval: int | None, folder: str) -> tuple[_Clock, int]:
+def _fit(interval: int | None, folder: str, steps: int) -> tuple[_Clock, int]:
     """Trains with an interval, or None for never; says how many steps unlearned, too."""
     clock = _Clock()
     module = LWFModule(
-        "world-base",
+        QUICK_MODEL,
         schedule="periodic" if interval else "never",
         unlearning_interval=interval or 1,
         unlearning_scale=0.01,
@@ -193,7 +215,7 @@ def _fit(interval: int | None, folder: str) -> tuple[_Clock, int]:
         cache_dir=folder,
     )
     trainer = LWFTrainer(
-        max_steps=LEARNING_STEPS,
+        max_steps=steps,
         accelerator="cpu",
         callbacks=[clock],
         logger=False,
@@ -218,6 +240,28 @@ def read_points(path: Path) -> dict[str, dict[str, Any]]:
     return {key_of(point["series"], point["value"]): point for point in points}
 
 
+def measure_missing(series: list[str], rounds: int, *, threads: int, path: Path) -> None:
+    """Appends the points that the file lacks, each from a process of its own."""
+    done = read_points(path)
+    missing = [
+        (name, value)
+        for name in series
+        for value in SERIES[name]
+        if key_of(name, value) not in done
+    ]
+    how = {"commit": record.commit(), "threads": threads}
+    for name, value in tqdm(missing, "Growth", unit="point"):
+        command = [sys.executable, "-m", "benchmarks.growth", "--point", json.dumps([name, value])]
+        command += ["--rounds", str(rounds), "--threads", str(threads)]
+        root, environment = Path(__file__).parents[1], {**os.environ, **ENVIRONMENT}
+        child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        if child.returncode:
+            raise RuntimeError(f"point {key_of(name, value)} failed: {child.stderr[-2000:]}")
+        point = {"series": name, "value": value, **how, **json.loads(child.stdout.split("\n")[-2])}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+
+
 def main() -> None:
     """Measures what is missing and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -227,43 +271,18 @@ def main() -> None:
     parser.add_argument("--points", type=Path, default=POINTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--plot", action="store_true", help="draw what there is")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
+    if options.point:
         torch.set_num_threads(options.threads)
-        for point in measure(*json.loads(options.child), options.rounds):
-            print(json.dumps(point), flush=True)
+        print(json.dumps(measure(*json.loads(options.point), options.rounds)))
         return
-    done = read_points(options.points)
-    for series in [] if options.plot else options.series:
-        missing = [value for value in SERIES[series] if key_of(series, value) not in done]
-        if missing and series == "interval":
-            missing = SERIES[series]  # they take turns
-        for point in tqdm(_in_a_process(series, missing, options), series, len(missing)):
-            with options.points.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(point) + "\n")
-    from benchmarks.growth_picture import draw
-
-    for line in draw(read_points(options.points).values(), options.picture):
-        print(line)
-
-
-def _in_a_process(
-    series: str, values: list[Any], options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Yields points as a process of their own finishes them."""
-    if not values:
-        return
-    command = [sys.executable, "-m", "benchmarks.growth", "--child", json.dumps([series, values])]
-    command += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
-    environment = {**os.environ, **ENVIRONMENT}
-    how = {"commit": record.commit(), "threads": options.threads}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        lines = (line for line in child.stdout or () if line.startswith("{"))
-        for value, line in zip(values, lines, strict=False):
-            yield {"series": series, "value": value, **how, **json.loads(line)}
-    if child.returncode:
-        raise RuntimeError(f"the measurement of {series} failed: its error stands above")
+    if not options.plot:
+        measure_missing(
+            options.series, options.rounds, threads=options.threads, path=options.points
+        )
+    for curve in draw(read_points(options.points).values(), options.picture):
+        print(curve)
 
 
 if __name__ == "__main__":

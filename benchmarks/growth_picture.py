@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +27,103 @@ AXES = {
 }
 
 
-def draw(points: Iterable[Mapping[str, Any]], path: Path) -> Iterator[str]:
-    """Writes the picture; yields a line of text for every curve."""
+@dataclass(frozen=True)
+class Curve:
+    """One curve and the line fitted to it.
+
+    Attributes:
+        series: What is on the x axis, a key of :data:`AXES`.
+        quantity: ``seconds`` or ``bytes``.
+        name: What was measured.
+        x: In ascending order.
+        y: Seconds, or bytes.
+        logarithmic: Whether both axes are.
+        slope: Of the line; 1 is linear on logarithmic axes.
+        fitted: The line at x.
+        r_squared: Share of the variance of y (or its logarithm) that the line explains.
+    """
+
+    series: str
+    quantity: str
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    logarithmic: bool
+    slope: float
+    fitted: tuple[float, ...]
+    r_squared: float
+
+    @property
+    def growth(self) -> float:
+        """The slope; on plain axes as a share of where the line begins."""
+        return self.slope if self.logarithmic else self.slope / self.fitted[0]
+
+    def __str__(self) -> str:
+        slope = f"slope {self.slope:.2f}"
+        if not self.logarithmic:
+            unit = "MB" if self.quantity == "bytes" else "s"
+            scale = 1e-6 if self.quantity == "bytes" else 1
+            slope = f"{self.fitted[0] * scale:.3g} + {self.slope * scale:.3g} x {unit}"
+        return f"{self.series} {self.quantity} {self.name}: {slope}, R² {self.r_squared:.3f}"
+
+
+def curves_of(points: Iterable[Mapping[str, Any]]) -> list[Curve]:
+    """Every curve with at least two points."""
     rows = list(points)
+    found = []
+    for series in AXES:
+        own = [row for row in rows if row["series"] == series]
+        for quantity in ("seconds", "bytes"):
+            for name in own[0][quantity] if len(own) > 1 else ():
+                pairs = sorted((_place(series, row), row[quantity][name]) for row in own)
+                x, y = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
+                is_log = series != "interval"
+                slope, fitted, r_squared = fit(x, y, logarithmic=is_log)
+                lines = (tuple(values.tolist()) for values in (x, y, fitted))
+                across, up, line = lines
+                found.append(
+                    Curve(series, quantity, name, across, up, is_log, slope, line, r_squared)
+                )
+    return found
+
+
+def draw(points: Iterable[Mapping[str, Any]], path: Path) -> list[Curve]:
+    """Writes the picture and returns its curves."""
+    curves = curves_of(points)
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     grid = figure.subplots(2, len(AXES), squeeze=False)
     for column, (series, label) in enumerate(AXES.items()):
-        found = [row for row in rows if row["series"] == series]
         for line, quantity in enumerate(("seconds", "bytes")):
             axes = grid[line][column]
             axes.set_xlabel(label, fontsize=9)
-            yield from _curves(axes, series, quantity, found)
+            _show(axes, [c for c in curves if (c.series, c.quantity) == (series, quantity)])
     grid[0][0].set_ylabel("CPU seconds, one thread")
     grid[1][0].set_ylabel("peak memory, MB")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png")
+    return curves
 
 
-def _curves(
-    axes: Axes, series: str, quantity: str, rows: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
-    is_log = series != "interval"
-    scale = 1e-6 if quantity == "bytes" else 1.0
-    for name in rows[0][quantity] if len(rows) > 1 else ():
-        points = sorted((_place(series, row), row[quantity][name] * scale) for row in rows)
-        x, y = (np.array(values) for values in zip(*points, strict=True))
-        slope, fitted, r_squared = fit(x, y, logarithmic=is_log)
-        said = f"slope {slope:.2f}" if is_log else f"{fitted[0]:.3g} + {slope:.3g} x"
-        text = f"{name}: {said}, R² {r_squared:.3f}"
-        axes.plot(x, y, "o", color=COLOURS[name], markersize=5, label=text)
-        axes.plot(x, fitted, "-", color=COLOURS[name], linewidth=1)
-        yield f"{series:<11}{quantity:<8} {text}"
-    if is_log:
-        axes.set_xscale("log", base=2 if series != "parameters" else 10)
+def _show(axes: Axes, curves: Sequence[Curve]) -> None:
+    for curve in curves:
+        scale = 1e-6 if curve.quantity == "bytes" else 1.0
+        label = str(curve).partition(f"{curve.quantity} ")[2]
+        colour = COLOURS[curve.name]
+        y, fitted = (np.array(values) * scale for values in (curve.y, curve.fitted))
+        axes.plot(curve.x, y, "o", color=colour, markersize=5, label=label)
+        axes.plot(curve.x, fitted, "-", color=colour, linewidth=1)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    if not curves:
+        return
+    if curves[0].logarithmic:
+        axes.set_xscale("log", base=10 if curves[0].series == "parameters" else 2)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_ylim(low / 1.5, high * 6)  # room for the legend
     else:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.35)
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    if axes.lines:
-        axes.legend(fontsize=8, loc="upper left", frameon=False)
+    axes.legend(fontsize=8, loc="upper left", frameon=False)
 
 
 def _place(series: str, row: Mapping[str, Any]) -> float:

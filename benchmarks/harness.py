@@ -5,7 +5,8 @@ A benchmark is a module of this folder with a function
     def results(*, quick: bool = False) -> Iterator[Result | Skipped]: ...
 
 ``python -m benchmarks`` finds it by that name. ``quick`` asks for a small version of the same
-code, some seconds long: its figures mean nothing, but it shows that the benchmark still runs.
+code, some seconds long, on what the package carries: its figures mean nothing, but it shows that
+the benchmark still runs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lwf_lightning.models import load_model, load_tokenizer
+
 DATA = Path(os.environ.get("LWF_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 """Folder of the real tasks, one folder each."""
+MODEL, QUICK_MODEL = "smollm2-135m", "world-base"
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,24 @@ def take_turns(
 def ratio_of_medians(first: Sequence[float], second: Sequence[float]) -> float:
     """The median of the first divided by that of the second."""
     return median(first) / median(second)
+
+
+class NotHere(Exception):
+    """Data or weights that a benchmark needs are not on this machine: it is skipped."""
+
+
+def need_data() -> None:
+    """Raises :class:`NotHere` without the real tasks."""
+    if not (DATA / "qasc").is_dir():
+        raise NotHere(f"no data in {DATA}: set LWF_DATA_DIR")
+
+
+def model_and_tokenizer(name: str = MODEL) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode; raises :class:`NotHere` where its weights are missing."""
+    try:
+        return load_model(name).eval(), load_tokenizer(name)
+    except ValueError as error:
+        raise NotHere(str(error)) from error
 
 
 def resident() -> tuple[int, int]:

@@ -27,8 +27,8 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.harness import DATA, Result, Skipped
-from benchmarks.training import MODEL, StepEnds, half_width_model
+from benchmarks.harness import DATA, MODEL, QUICK_MODEL, Result, need_data
+from benchmarks.training import StepEnds, half_width_model
 from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
 from lwf_lightning.callbacks import fisher as refresh
 from lwf_lightning.trainer import LWFTrainer
@@ -46,6 +46,7 @@ class Segment:
     texts: int = TEXTS
     batch_size: int = 16
     learning_task: str = "qasc"
+    forgetting_tasks: tuple[str, ...] = ("psychol", "dental")
     max_new_tokens: int = 16
     model: str = MODEL
 
@@ -141,7 +142,7 @@ def run(segment: Segment, schedule: str) -> dict[str, list[float]]:
 def _data(segment: Segment) -> LWFDataModule:
     return LWFDataModule(
         segment.learning_task,
-        ["psychol", "dental"],
+        list(segment.forgetting_tasks),
         data_dir=str(DATA),
         batch_size=segment.batch_size,
         forgetting_prompts=segment.texts,
@@ -152,13 +153,13 @@ def _data(segment: Segment) -> LWFDataModule:
 
 def results(
     *, segment: Segment | None = None, parts: int = 10, rounds: int = 2, quick: bool = False
-) -> Iterator[Result | Skipped]:
+) -> Iterator[Result]:
     """The whole, then each part as a share of the vanilla run."""
     if quick:
-        segment, rounds = Segment(steps=8, texts=4, batch_size=2), 1
-    if not (DATA / "qasc").is_dir():
-        yield Skipped("LWF beside vanilla", "", f"no data in {DATA}: set LWF_DATA_DIR")
-        return
+        tasks = {"learning_task": "world_learning", "forgetting_tasks": ("world_forgetting",)}
+        segment, rounds = Segment(8, 4, 2, **tasks, max_new_tokens=4, model=QUICK_MODEL), 1
+    else:
+        need_data()
     if segment is None:
         segment = Segment(steps=STEPS // parts, texts=-(-TEXTS // parts))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -201,13 +202,10 @@ def main() -> None:
             -(-TEXTS // arguments.parts),
             arguments.batch_size,
             arguments.learning_task,
-            arguments.max_new_tokens,
-            model,
+            max_new_tokens=arguments.max_new_tokens,
+            model=model,
         )
         for result in results(segment=segment, rounds=arguments.rounds):
-            if isinstance(result, Skipped):
-                print(result)
-                continue
             processor = result.details["ratio_of_processor_time"]
             print(
                 f"{result.work:<56}{result.figure:6.3f}, {processor:6.3f} in processor time",

@@ -59,9 +59,8 @@ def commit() -> str | None:
     try:
         head = _git(here, "rev-parse", "--short=12", "HEAD")
         # The files of results themselves change while they are made.
-        changed = _git(
-            here, "status", "--porcelain", "--untracked-files=no", ":/", ":!results.json"
-        )
+        made = (":!results.json", ":!growth.jsonl", ":!../docs/figures")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no", ":/", *made)
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")

@@ -68,8 +68,8 @@ def results(
     *,
     quick: bool = False,
     tokens: Sequence[int] = tuple(TIME_BARS),
-    rounds: int = 7,
-    batches: int = 6,
+    rounds: int = 5,
+    batches: int = 4,
 ) -> Iterator[Result | Skipped]:
     """Every comparison; ``quick`` runs them once on a tiny model."""
     if quick:
@@ -137,12 +137,13 @@ def qasc_batches(batches: int) -> list[Batch]:
 
 
 def _memory(*, tiny: bool) -> Iterator[Result | Skipped]:
-    """Peaks of one batch, and of scoring four."""
+    """Peaks of one batch, and of scoring four. Tiny ones are taken in this process."""
     peaks: dict[tuple[str, int], int] = {}
 
     def peak(way: str, batches: int = 1) -> int:
         if (way, batches) not in peaks:
-            peaks[way, batches] = _peak_of_a_process(way, batches, tiny=tiny)
+            measure = _tiny_peak if tiny else _peak_of_a_process
+            peaks[way, batches] = measure(way, batches)
         return peaks[way, batches]
 
     for first, second, bar in MEMORY_BARS:
@@ -167,15 +168,19 @@ def _memory(*, tiny: bool) -> Iterator[Result | Skipped]:
     )
 
 
-def _peak_of_a_process(way: str, batches: int, *, tiny: bool) -> int:
+def _peak_of_a_process(way: str, batches: int) -> int:
     command = [sys.executable, "-m", "benchmarks.scoring", "--peak-of", way]
-    command += ["--batches", str(batches), *(["--tiny"] if tiny else [])]
+    command += ["--batches", str(batches)]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def _peak(way: str, batches: int, *, tiny: bool) -> int:
+def _tiny_peak(way: str, batches: int) -> int:
+    return max(1, _peak(way, batches, tiny=True))
+
+
+def _peak(way: str, batches: int, *, tiny: bool = False) -> int:
     """Bytes that one run of a way takes at its peak beyond what lies in memory before it."""
     for run in make_ways(make_model(tiny=True), [make_batch(2, 8)]).values():
         run()  # loads libraries and their buffers
@@ -189,15 +194,14 @@ def main() -> None:
     """Prints one line per result as it comes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", choices=TIME_BARS, default=[*TIME_BARS])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=6, help="batches in one run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=4, help="batches in one run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peak-of", metavar="WAY", help="print the extra memory of one way")
-    parser.add_argument("--tiny", action="store_true", help="with --peak-of: a tiny model")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_of:
-        print(_peak(options.peak_of, options.batches, tiny=options.tiny))
+        print(_peak(options.peak_of, options.batches))
         return
     found = results(tokens=options.tokens, rounds=options.rounds, batches=options.batches)
     for line in (result.as_json() for result in found):

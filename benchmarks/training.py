@@ -39,13 +39,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from benchmarks.harness import DATA, Result, Skipped
+from benchmarks.harness import DATA, MODEL, QUICK_MODEL, Result, Skipped, need_data
 from lwf_lightning import LWFDataModule, LWFModule
 from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText, collate
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.trainer import LWFTrainer
 
-MODEL = "smollm2-135m"
+TASKS = ("qasc", "gsm8k")  # short and long
 OURS = "LWFModule, schedule never"
 Way = Callable[[], tuple[float, float]]
 """Trains from the start; tokens of answers per second by the clock, and of processor time."""
@@ -72,11 +72,13 @@ def half_width_model() -> Iterator[str]:
         yield folder
 
 
-def mixed_texts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[EncodedText]:
-    """Half of them short (qasc), half long (gsm8k), in random order."""
+def mixed_texts(
+    tokenizer: PreTrainedTokenizerBase, count: int, tasks: Sequence[str] = TASKS
+) -> list[EncodedText]:
+    """As many texts of each task, in random order."""
     texts = []
-    for task in ("qasc", "gsm8k"):
-        data = LWFDataModule(task, data_dir=str(DATA), learning_texts=-(-count // 2))
+    for task in tasks:
+        data = LWFDataModule(task, data_dir=str(DATA), learning_texts=-(-count // len(tasks)))
         data.tokenizer = tokenizer
         data.setup("fit")
         texts += data.learning_encoded
@@ -236,7 +238,7 @@ def trl(
 
 def ways(texts: list[EncodedText], batch_size: int, model: str) -> dict[str, Way]:
     """All ways, by name; TRL's only where it is installed."""
-    tokenizer = load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(model)
     found = {
         OURS: ours(texts, batch_size, model),
         "Trainer of transformers": plain_trainer(texts, batch_size, model, tokenizer),
@@ -281,18 +283,18 @@ def results(
     *,
     batch_size: int = 8,
     steps: int = 3,
-    rounds: int = 3,
+    rounds: int = 2,
     model: str = MODEL,
     only: Sequence[str] = (),
     quick: bool = False,
 ) -> Iterator[Result | Skipped]:
     """This package beside each of the others; the bar is held against the best of them."""
     if quick:
-        batch_size, steps, rounds = 2, 2, 1
-    if not (DATA / "qasc").is_dir():
-        yield Skipped("training", "", f"no data in {DATA}: set LWF_DATA_DIR")
-        return
-    texts = mixed_texts(load_tokenizer(MODEL), batch_size * steps)
+        batch_size, steps, rounds, model = 2, 2, 1, QUICK_MODEL
+    else:
+        need_data()
+    tasks = ("world_learning",) if quick else TASKS
+    texts = mixed_texts(load_tokenizer(model), batch_size * steps, tasks)
     todo = ways(texts, batch_size, model)
     others = [name for name in todo if name != OURS and (not only or name in only)]
     speeds = measure({name: todo[name] for name in (OURS, *others)}, rounds)
@@ -319,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Plain fine-tuning beside TRL and Trainer.")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="steps of a run; the first is warm-up")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", default=(), metavar="WAY", help="beside these only")
     parser.add_argument("--half", action="store_true", help="a model of 27 million parameters")
