@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class _ParsingCLI(LWFCLI):
         """Leaves the random state as it is."""
 
     def instantiate_classes(self) -> None:
-        """Leaves that to :func:`parsed`."""
+        """Leaves that to :class:`ConfigReader`."""
 
 
 @dataclass(frozen=True)
@@ -60,26 +60,33 @@ class Checked:
     expected: Expected
 
 
-def parsed(runs: Sequence[Run]) -> Iterator[tuple[Run, Namespace]]:
-    """Parses every run's configuration as ``fit`` will, and makes its module and datamodule.
+class ConfigReader:
+    """Reads configurations as ``fit`` does; neither devices nor models are asked for."""
 
-    Yields:
-        Each run with ``model``, ``data`` and ``trainer``, callbacks instantiated.
+    def __init__(self) -> None:
+        self._parser: Any = None
 
-    Raises:
-        ValueError: If a configuration is not accepted; names the run, and the flag.
-    """
-    parser: Any = None
-    for run in runs:
+    def read(self, config: Mapping[str, Any]) -> Namespace:
+        """Parses a configuration and makes its module and datamodule.
+
+        Returns:
+            ``model``, ``data`` and ``trainer``, callbacks instantiated.
+
+        Raises:
+            ValueError: If it is not accepted; names the flag.
+        """
         try:
-            if parser is None:
-                parser = _parser(run)
-            yield run, parser.instantiate_classes(parser.parse_object(overlaid(run.config, {})))
+            if self._parser is None:  # it parses one configuration as it is made
+                self._parser = _parser(config)
+            # Parsing writes into what it is given.
+            return self._parser.instantiate_classes(  # type: ignore[no-any-return]
+                self._parser.parse_object(overlaid(config, {}))
+            )
         except (ArgumentError, ValueError, TypeError) as error:
-            raise ValueError(f"{run.identity}: {one_line(str(error))}") from error
+            raise ValueError(one_line(str(error))) from error
 
 
-def _parser(run: Run) -> Any:
+def _parser(config: Mapping[str, Any]) -> Any:
     cli = _ParsingCLI(
         LWFModule,
         LWFDataModule,
@@ -91,9 +98,26 @@ def _parser(run: Run) -> Any:
         auto_configure_optimizers=False,
         save_config_callback=None,
         run=False,
-        args=overlaid(run.config, {}),  # a copy: parsing writes into it
+        args=overlaid(config, {}),
     )
     return cli.parser
+
+
+def parsed(runs: Iterable[Run]) -> Iterator[tuple[Run, Namespace]]:
+    """Reads every run's configuration.
+
+    Yields:
+        Each run with what :meth:`ConfigReader.read` made of it.
+
+    Raises:
+        ValueError: If a configuration is not accepted; names the run, and the flag.
+    """
+    reader = ConfigReader()
+    for run in runs:
+        try:
+            yield run, reader.read(run.config)
+        except ValueError as error:
+            raise ValueError(f"{run.identity}: {error}") from error
 
 
 def check(study: Study, runs: Sequence[Run], data_dir: str | None = None) -> Iterator[Checked]:

@@ -1,0 +1,90 @@
+"""What is watched, and what is compared."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+from lwf_lightning.data.batch import collate
+from lwf_lightning.losses import per_text_loss
+from lwf_lightning.study.overlay import looked_up
+from lwf_lightning.study.perform import read_curves
+from lwf_lightning.study.questions.ascent import SETS, arms, told
+from lwf_lightning.study.questions.watch import WatchUnlearning, write_watched
+
+CONFIG = {
+    "trainer": {
+        "callbacks": [
+            {"class_path": "lwf_lightning.FisherCallback", "init_args": {}},
+            {"class_path": "lwf_lightning.AscentGuard"},
+        ]
+    },
+    "model": {"class_path": "lwf_lightning.LWFModule", "init_args": {}},
+}
+
+
+def test_watching_logs_losses_and_changes_nothing(
+    make_module, make_data, make_callback, make_trainer, make_texts, tmp_path: Path
+) -> None:
+    sets = {"chosen": make_texts(5), "kept": make_texts(3, seed=1)}
+    file = tmp_path / "watched.json"
+    write_watched(file, sets, [[5, 6], [7]], 0)
+    weights = []
+    for callbacks in ([], [WatchUnlearning(str(file), interval=3, tokens=4)]):
+        module = make_module()
+        trainer = make_trainer(callbacks=[make_callback(), *callbacks], logger=True)
+        trainer.fit(module, make_data())
+        weights.append({name: p.detach().clone() for name, p in module.model.named_parameters()})
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    curves = read_curves(Path(str(trainer.log_dir)) / "metrics.csv", ("watch/",))
+    module.model.eval()
+    for name, texts in sets.items():
+        steps, values = curves[f"watch/{name}"]
+        assert steps == [0, 3, 6, 8]
+        with torch.no_grad():
+            losses = [float(per_text_loss(module.model, collate([text], 0))) for text in texts]
+        assert values[-1] == pytest.approx(fmean(losses), rel=1e-4)
+        assert values[0] != values[-1]
+    assert all(0 <= value <= 1 for value in curves["watch/distinct_2"][1])
+    with (Path(str(trainer.log_dir)) / "metrics.csv").open() as table:
+        assert "watch/repetition" in next(csv.reader(table))
+
+
+def test_arms_differ_in_what_their_names_say() -> None:
+    found = arms(CONFIG, 0.1)
+    assert list(found) == [
+        "fine-tuning alone", "LWF", "LWF, no guard", "LWF x 10", "LWF x 10, no guard"
+    ]  # fmt: skip
+    for name, config in found.items():
+        guards = [c for c in config["trainer"]["callbacks"] if "Guard" in c["class_path"]]
+        assert len(guards) == ("no guard" not in name)
+        assert looked_up(config, "trainer.ascent_guard") is (False if "no guard" in name else None)
+        scale = looked_up(config, "model.unlearning_scale")
+        assert scale == (pytest.approx(1.0) if "x 10" in name else None)
+    assert looked_up(found["fine-tuning alone"], "model.schedule") == "never"
+    bare = {**CONFIG, "trainer": {"callbacks": CONFIG["trainer"]["callbacks"][:1]}}
+    assert len(arms(bare, 0.1)["LWF"]["trainer"]["callbacks"]) == 2
+
+
+def test_the_answer_goes_from_first_to_last() -> None:
+    curves = {f"watch/{kind}": ([0, 4], [1.0, 2.0]) for kind in SETS}
+    curves |= {f"watch/{kind}": ([0, 4], [0.5, 0.25]) for kind in ("repetition", "distinct_2")}
+    curves["val/accuracy"] = ([0, 4], [0.25, 0.75])
+    lwf = {**curves, "watch/chosen": ([0, 4], [1.0, 3.5]), "unlearn/steps": ([2, 4], [1.0, 2.0])}
+    answer = told({"fine-tuning alone": curves, "LWF": lwf})
+    assert answer.rows[1][:3] == ["LWF", "2", "1.00 to 3.50"]
+    assert answer.rows[1][6] == "2.72 to 7.39"
+    assert answer.rows[0][1] == "0"
+    assert answer.rows[0][-1] == "0.750"
+    chosen = answer.figure.axes[0]
+    assert [list(line.get_ydata()) for line in chosen.lines] == [[0.0, 0.0], [0.0, 1.5]]
+
+
+def test_an_interval_is_at_least_one(tmp_path: Path) -> None:
+    write_watched(tmp_path / "w.json", {}, [[1]], 0)
+    with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
+        WatchUnlearning(str(tmp_path / "w.json"), interval=0)
