@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
 from lwf_lightning.datamodule import LWFDataModule
@@ -43,6 +44,21 @@ class LWFCLI(LightningCLI):
         names = ("elicit", "score", "estimate", "export")
         ours = {name: {"model", "datamodule"} for name in names}
         return {**LightningCLI.subcommands(), **ours}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the arguments of LightningCLI; runs the subcommand that they name."""
+        given = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        first = given[0] if isinstance(given, list) and given else None
+        self._named = first if first in self.subcommands() else None
+        super().__init__(*args, **kwargs)
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Leaves the others than the named one empty: to look up all their options takes time."""
+        if self._named in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration: hyperparameters in a checkpoint would silently override it."""

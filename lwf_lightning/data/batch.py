@@ -67,15 +67,13 @@ def collate(texts: Sequence[EncodedText], pad_token_id: int) -> Batch:
     """
     if not texts:
         raise ValueError("cannot collate an empty list of texts")
-    width = max(len(text) for text in texts)
-    input_ids = torch.full((len(texts), width), pad_token_id, dtype=torch.int64)
-    labels = torch.full((len(texts), width), IGNORE_INDEX, dtype=torch.int64)
-    attention_mask = torch.zeros((len(texts), width), dtype=torch.int64)
-    for row, text in enumerate(texts):
-        input_ids[row, : len(text)] = torch.tensor(text.input_ids)
-        labels[row, : len(text)] = torch.tensor(text.labels)
-        attention_mask[row, : len(text)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    lengths = torch.tensor([len(text) for text in texts])
+    held = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(held.shape, pad_token_id)
+    labels = torch.full(held.shape, IGNORE_INDEX)
+    input_ids[held] = torch.tensor([id for text in texts for id in text.input_ids])
+    labels[held] = torch.tensor([label for text in texts for label in text.labels])
+    return {"input_ids": input_ids, "attention_mask": held.long(), "labels": labels}
 
 
 def batches_of(texts: Sequence[EncodedText], batch_size: int, pad_token_id: int) -> Iterator[Batch]:

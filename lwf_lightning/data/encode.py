@@ -28,7 +28,7 @@ def encode_prompt(
         ValueError: If a chat template is asked for and the tokenizer has none.
     """
     text = _prompt_text(tokenizer, prompt, chat_template)
-    return tuple(_token_ids(tokenizer, text, chat_template))
+    return tuple(_token_ids(tokenizer, [text], chat_template)[0])
 
 
 def encode_example(
@@ -86,12 +86,9 @@ def encode_choices(
         ValueError: See :func:`encode_prompt`.
     """
     prompt = _prompt_text(tokenizer, example.prompt, chat_template)
-    encoded = []
-    for choice in example.choices:
-        answer = choice.strip() if chat_template else choice
-        prompt_ids, choice_ids = _split_ids(tokenizer, prompt, answer, chat_template)
-        encoded.append(_labelled(prompt_ids, choice_ids, max_length, example.source))
-    return encoded
+    answers = [choice.strip() if chat_template else choice for choice in example.choices]
+    prompt_ids, split = _split_ids(tokenizer, prompt, answers, chat_template)
+    return [_labelled(prompt_ids, ids, max_length, example.source) for ids in split]
 
 
 def _encode(
@@ -106,7 +103,7 @@ def _encode(
     answer = example.answer
     if chat_template:
         answer = _assistant_text(tokenizer, example, prompt)
-    prompt_ids, answer_ids = _split_ids(tokenizer, prompt, answer, chat_template)
+    prompt_ids, (answer_ids,) = _split_ids(tokenizer, prompt, [answer], chat_template)
     if end in answer_ids:  # a chat template writes it, perhaps with a line break after it
         answer_ids = answer_ids[: answer_ids.index(end)]
     text = _labelled(prompt_ids, [*answer_ids, end], max_length, example.source)
@@ -127,25 +124,29 @@ def _labelled(
     return EncodedText(input_ids, labels)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: bool) -> list[int]:
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat_template: bool
+) -> list[list[int]]:
     # A chat template has written all special tokens already.
-    ids = list(tokenizer(text, add_special_tokens=not chat_template)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text by themselves
-        ids.pop()
-    return ids
+    encoded = tokenizer(list(texts), add_special_tokens=not chat_template)["input_ids"]
+    end = tokenizer.eos_token_id  # some tokenizers close every text by themselves
+    return [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]
 
 
 def _split_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, chat_template: bool
-) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and answer, apart."""
-    prompt_ids = _token_ids(tokenizer, prompt, chat_template)
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str], chat_template: bool
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt, and those of each of its answers apart."""
+    texts = [prompt, *(prompt + answer for answer in answers)]
+    prompt_ids, *together = _token_ids(tokenizer, texts, chat_template)
     # A SentencePiece tokenizer puts a space of its own before a text encoded alone: take the answer
     # as it is encoded after the prompt, unless a token reaches across the boundary.
-    together = _token_ids(tokenizer, prompt + answer, chat_template)
-    if together[: len(prompt_ids)] == prompt_ids:
-        return prompt_ids, together[len(prompt_ids) :]
-    return prompt_ids, list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return prompt_ids, [
+        ids[len(prompt_ids) :]
+        if ids[: len(prompt_ids)] == prompt_ids
+        else list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+        for ids, answer in zip(together, answers, strict=True)
+    ]
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool) -> str:

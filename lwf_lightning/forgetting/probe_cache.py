@@ -23,7 +23,7 @@ from lwf_lightning.generation import unwrapped
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import sharded_like, whole
 
-_FORMAT = 1  # of how a probe is made: a new number leaves old files unread
+_FORMAT = 2  # of how a probe is made: a new number leaves old files unread
 
 
 def shared_probe(

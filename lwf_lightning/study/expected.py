@@ -89,9 +89,11 @@ class RoughTokenizer:
     bos_token_id = None
     chat_template = "yes"
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        """Ids without a meaning, one per four characters begun."""
-        return {"input_ids": [1] * -(-len(text) // 4)}
+    def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:
+        """Ids without a meaning, one per four characters begun: of a text, or of each of a list."""
+        if isinstance(text, str):
+            return {"input_ids": [1] * -(-len(text) // 4)}
+        return {"input_ids": [self(one)["input_ids"] for one in text]}
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
         """Turns, each headed by its role."""

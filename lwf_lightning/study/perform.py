@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import platform
+import re
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
 
     Returns:
         The record: what was run and how, figures of the test split, curves of the validation
-        split, seconds and the process's peak memory in bytes.
+        split, seconds, and the most memory that the process held during the run, in bytes.
 
     Raises:
         ValueError: If the fit logged no validation figure to choose by.
@@ -44,6 +46,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
 
     folder = study.folder / "runs" / run.identity
     file = write_config(study, run)
+    forget_peak_memory()
     start = time.perf_counter()
     cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
     seconds = time.perf_counter() - start
@@ -110,8 +113,17 @@ def read_curves(path: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[list[i
     return curves
 
 
+def forget_peak_memory() -> None:
+    """Has :func:`peak_memory` begin anew, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes."""
+    """The most memory that this process has held since it was last forgotten, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

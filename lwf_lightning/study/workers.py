@@ -17,6 +17,15 @@ from lwf_lightning.study.matrix import Run
 from lwf_lightning.study.perform import perform
 from lwf_lightning.study.results import append_record, read_records
 
+# What a run imports sooner or later; each process would otherwise do so by itself.
+_IMPORTED = (
+    "lwf_lightning.study.workers",
+    "lwf_lightning.cli",
+    "peft",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+)
+
 
 def results_file(study: Study) -> Path:
     """Where a study's records are."""
@@ -84,8 +93,9 @@ def perform_all(
         told: Called with each run and the outcome of :func:`perform_once`, as they end.
     """
     context = multiprocessing.get_context("forkserver")  # imports once, a clean process per run
-    context.set_forkserver_preload(["lwf_lightning.cli"])
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context.set_forkserver_preload(list(_IMPORTED))
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # of torch, and of tokenizers
+        os.environ[name] = str(threads)
     pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
     with pool:
         waiting: dict[Future[str], Run] = {
