@@ -24,11 +24,23 @@ _PACKAGE = Path(__file__).parent
 class OneLineErrorParser(LightningArgumentParser):
     """A parser whose errors are a line and a tip, not two screens of usage."""
 
+    _file: str | None = None
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reads a configuration; an error of YAML itself names the file."""
+        self._file = str(path)
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            self._file = None
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message and exits with status 2."""
         if not self.exit_on_error:  # an inner parser, one of several attempts
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
+        if self._file is not None:
+            message = message.replace('"<unicode string>"', self._file)
         program = parser.prog.replace(" [options]", "")
         fail(parser._with_suggestion(one_line(message)), f"all options: {program} --help")
 

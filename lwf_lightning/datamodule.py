@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -165,6 +164,7 @@ class LWFDataModule(L.LightningDataModule):
         self._take_tokenizer()
         if stage == "fit":
             self.forget_set = self._loader = self._loader_state = self._resumed_texts = None
+            self.self_knowledge = None
             if not self.learning_encoded:
                 self._prepare_training()
         if stage in ("fit", "validate"):
@@ -245,12 +245,17 @@ class LWFDataModule(L.LightningDataModule):
                 f"prompts of {', '.join(self.forgetting_tasks)} were empty. Look at the prompt "
                 "format, or choose other tasks in data.init_args.forgetting_tasks"
             )
-        if self._resumed_texts not in (None, _digest(knowledge)):
+        self.self_knowledge = knowledge
+        self._check_resumed_texts()
+
+    def _check_resumed_texts(self) -> None:
+        """Called once texts and checkpoint are there; which comes first is up to the strategy."""
+        known, resumed = self.self_knowledge, self._resumed_texts
+        if known is not None and resumed not in (None, known.digest()):
             raise ValueError(
                 "the self-knowledge is not that of the checkpoint: resume with the same model, "
                 "data.init_args.forgetting_tasks, forgetting_prompts, max_new_tokens and seed"
             )
-        self.self_knowledge = knowledge
 
     def set_forget_set(self, indices: Iterable[int]) -> None:
         """Chooses what is unlearned from now on: D_U.
@@ -368,7 +373,7 @@ class LWFDataModule(L.LightningDataModule):
         return {
             "loader": None if self._loader is None else self._loader.state_dict(),
             "forget_set": self.forget_set,
-            "self_texts": None if self.self_knowledge is None else _digest(self.self_knowledge),
+            "self_texts": None if self.self_knowledge is None else self.self_knowledge.digest(),
             "seed": self.seed,
         }
 
@@ -383,15 +388,10 @@ class LWFDataModule(L.LightningDataModule):
         self._loader_state = state_dict["loader"]
         self.forget_set = state_dict["forget_set"]
         self._resumed_texts = state_dict["self_texts"]
+        self._check_resumed_texts()
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise ValueError("the datamodule has no tokenizer yet: call setup, or set it")
         return self.tokenizer
-
-
-def _digest(knowledge: SelfKnowledge) -> str:
-    """Tells one D_self from another."""
-    ids = repr([(text.prompt_ids, text.answer_ids) for text in knowledge.texts])
-    return hashlib.sha256(ids.encode()).hexdigest()

@@ -153,7 +153,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self.phase = "learning"
         self.guard: UnlearningGuard | None = None
         self._unlearned_before = -1  # the learning step whose unlearning steps are done
-        self._random_state: dict[str, Tensor] | None = None
+        self._random_state: dict[str, Any] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property

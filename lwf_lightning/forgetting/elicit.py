@@ -72,6 +72,11 @@ class SelfKnowledge:
     texts: list[SelfText]
     dropped: int
 
+    def digest(self) -> str:
+        """Tells one D_self from another."""
+        ids = repr([(text.prompt_ids, text.answer_ids) for text in self.texts])
+        return hashlib.sha256(ids.encode()).hexdigest()
+
 
 def elicit(
     model: nn.Module,

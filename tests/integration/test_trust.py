@@ -120,4 +120,6 @@ def test_a_yaml(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(evil)])
     assert not trace.exists()
-    assert "could not determine a constructor for the tag" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "could not determine a constructor for the tag" in error
+    assert f"in {evil}, line 1" in error
