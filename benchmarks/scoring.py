@@ -4,12 +4,14 @@
     python -m benchmarks.scoring --tokens 64  # one length of text
 
 Times are ratios of medians over interleaved rounds. Memory is the peak of a process of its own
-beyond what model, Fisher, anchor and texts already take.
+beyond what model, Fisher, anchor and texts already take, with malloc set as in
+``benchmarks.memory``, so that freed memory does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.harness import DATA, Result, Skipped, ratio_of_medians, resident, take_turns
+from benchmarks.memory import ENVIRONMENT
 from benchmarks.scoring_ways import (
     FISHER,
     OPACUS,
@@ -172,7 +175,10 @@ def _peak_of_a_process(way: str, batches: int) -> int:
     command = [sys.executable, "-m", "benchmarks.scoring", "--peak-of", way]
     command += ["--batches", str(batches)]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 
