@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.summary import Line
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GREY, RED, BLUE = "#7f7f7f", "#d62728", "#1f77b4"
@@ -84,7 +86,10 @@ def gains(study: Study, lines: Sequence[Line]) -> Figure | None:
 
 
 def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
-    """Mean validation curve of each method over its seeds."""
+    """A panel per method: its validation curve beside the baseline's and the ceiling's.
+
+    Lines are means over seeds; the band reaches from the lowest seed to the highest.
+    """
     figure_name = study.tuning.figure if study.tuning else "val/accuracy"
     curves: dict[str, dict[int, list[float]]] = {}
     for record in records:
@@ -93,57 +98,64 @@ def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
             curves.setdefault(record["method"], {}).setdefault(step, []).append(value)
     if not curves:
         return None
-    figure = _figure(8, 4.2)
-    axes = figure.subplots()
-    for method in (m for m in study.methods if m in curves):
-        points = sorted(curves[method].items())
-        style: dict[str, Any] = {"lw": 1.3}
-        if method == study.baseline:
-            style = {"lw": 2.5, "color": "black"}
-        elif method == study.ceiling:
-            style = {"lw": 2, "color": GREY, "alpha": 0.7}
-        axes.plot(
-            [step for step, _ in points],
-            [fmean(values) for _, values in points],
-            "o-",
-            ms=3,
-            label=study.label(method),
-            **style,
-        )
-    axes.set(xlabel="learning step", ylabel=f"{figure_name}, mean over seeds")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.3)
+    marks = (study.baseline, study.ceiling)
+    shown = [m for m in study.methods if m in curves and m not in marks] or list(curves)
+    figure, panels = _panels(len(shown), shared=True)
+    for axes, method in zip(panels, shown, strict=True):
+        for beside, colour in zip(marks, ("black", BLUE), strict=True):
+            if beside in curves:
+                axes.plot(*_mean(curves[beside]), color=colour, lw=1.2, label=study.label(beside))
+        steps = sorted(curves[method])
+        low, high = ([end(curves[method][step]) for step in steps] for end in (min, max))
+        axes.fill_between(steps, low, high, color=RED, alpha=0.2, lw=0)
+        axes.plot(*_mean(curves[method]), "o-", ms=2.5, lw=1.5, color=RED, label="method of panel")
+        axes.set_title(textwrap.fill(study.label(method), 32), fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.supxlabel("learning step", fontsize=9)
+    figure.supylabel(f"{figure_name}, mean and range over seeds", fontsize=9)
     return figure
 
 
 def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
-    """Histograms of forgetting confidence with the chosen part marked: each method's first run."""
-    scored = [(r, rows) for r in _first_of_each(study, records) if (rows := last_scores(r))]
-    if not scored:
+    """Histograms of forgetting confidence with the chosen part marked, from first runs.
+
+    Methods that score alike share a panel, which marks what the first of them chose.
+    """
+    alike: dict[tuple[Any, ...], list[Record]] = {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for record in _first_of_each(study, records):
+        if rows := last_scores(record):
+            scores = sorted((row["prompt"], float(f"{row['confidence']:.4g}")) for row in rows)
+            alike.setdefault(tuple(scores), []).append(record)
+            rows_of[record["method"]] = rows
+    if not alike:
         return None
-    columns = min(3, len(scored))
-    lines = math.ceil(len(scored) / columns)
-    figure = _figure(3.6 * columns, 2.7 * lines)
-    every = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, (record, rows) in zip(every, scored, strict=False):
-        values = {
-            chosen: [row["confidence"] for row in rows if row["selected"] == chosen]
-            for chosen in (False, True)
-        }
-        edges, scale = _wide_range([*values[False], *values[True]])
+    figure, panels = _panels(len(alike))
+    for axes, (record, *others) in zip(panels, alike.values(), strict=True):
+        rows = rows_of[record["method"]]
+        kept, chosen = (
+            [row["confidence"] for row in rows if row["selected"] == selected]
+            for selected in (False, True)
+        )
+        edges, scale = _wide_range([*kept, *chosen])
         axes.set_xscale("symlog", linthresh=scale)  # a few texts lie far above all others
         axes.hist(
-            [values[False], values[True]],
+            [kept, chosen],
             bins=edges,
             stacked=True,
             color=["#bbbbbb", RED],
             label=["kept", "chosen to be forgotten"],
         )
-        axes.set_title(f"{study.label(record['method'])} (seed {record['seed']})", fontsize=9)
+        axes.set_xticks(_decades([*kept, *chosen], scale))
+        more = f" and {len(others)} more" if others else ""
+        title = f"{study.label(record['method'])}{more}, seed {record['seed']}"
+        axes.set_title(textwrap.fill(title, 32), fontsize=8)
         axes.tick_params(labelsize=7)
-    for axes in every[len(scored) :]:
-        axes.set_axis_off()
-    every[0].legend(frameon=False, fontsize=7)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     figure.supxlabel("forgetting confidence, constant left out", fontsize=9)
     figure.supylabel("texts", fontsize=9)
     return figure
@@ -182,11 +194,37 @@ def _wide_range(values: Sequence[float]) -> tuple[list[float], float]:
     return [scale * math.sinh(low + (high - low) * n / 30) for n in range(31)], scale
 
 
+def _decades(values: Sequence[float], scale: float) -> list[float]:
+    """Ticks that do not touch: zero, and the outermost power of ten on either side."""
+    ends = [(-1.0, -min(values)), (1.0, max(values))]
+    outer = [sign * 10.0 ** math.floor(math.log10(end)) for sign, end in ends if end > scale]
+    return [0.0, *outer]
+
+
 def _first_of_each(study: Study, records: Iterable[Record]) -> list[Record]:
     first: dict[str, Record] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
         first.setdefault(record["method"], record)
     return [first[method] for method in study.methods if method in first]
+
+
+def _mean(curve: Mapping[int, Sequence[float]]) -> tuple[list[int], list[float]]:
+    steps = sorted(curve)
+    return steps, [fmean(curve[step]) for step in steps]
+
+
+def _panels(count: int, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of that many panels, at most four a row; ``shared`` axes have one range."""
+    columns = min(4, count)
+    lines = math.ceil(count / columns)
+    figure = _figure(max(2.7 * columns, 5), 2.1 * lines + 0.7)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=shared, sharey=shared)
+    every = list(grid.flatten())
+    for axes in every[count:]:
+        axes.set_axis_off()
+    for axes in every[max(count - columns, 0) : count]:
+        axes.tick_params(labelbottom=True)  # the lowest of its column, not always of the figure
+    return figure, every[:count]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -30,7 +30,7 @@ def cells_of(study: Study, line: Line) -> tuple[str, ...]:
         str(gain.seeds),
         f"{100 * gain.mean:.1f}",
         "" if is_baseline else _interval(100 * gain.gain, 100 * gain.low, 100 * gain.high, "+.1f"),
-        "" if is_baseline or math.isnan(line.adjusted_p_value) else f"{line.adjusted_p_value:.3f}",
+        "" if is_baseline else _p_value(line.adjusted_p_value),
         ""
         if is_baseline or gain.recovered is None
         else _interval(gain.recovered, gain.recovered_low, gain.recovered_high, ".2f"),
@@ -79,6 +79,12 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     """The lines of a Markdown table."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _p_value(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _interval(value: float, low: float, high: float, form: str) -> str:
