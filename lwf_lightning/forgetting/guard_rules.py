@@ -40,7 +40,7 @@ class GuardLimits:
     max_rise: float = 0.1
     max_jump: float = 5.0
     max_move: float = 0.1
-    max_spike: float = 10.0
+    max_spike: float = 100.0
     max_repetition: float = 0.3
     min_distinct: float = 0.5
     damping: float = 0.1

@@ -38,6 +38,13 @@ def test_a_spike_needs_norms_to_compare_with_and_a_norm_above_the_clip() -> None
     assert spike_breach("norm", 9.0, [1e-3] * 4, 1.0, 10) is None
 
 
+def test_the_growth_of_a_greedy_texts_gradient_is_no_spike() -> None:
+    """Norms of the embedded world's ten first unlearning steps: from flat to clipped."""
+    grown = [0.03, 0.05, 0.04, 0.4, 0.5, 0.6, 4.0, 3.0]
+    assert spike_breach("norm", 28.1, grown, 1.0, LIMITS.max_spike) is None
+    assert spike_breach("norm", 2800.0, grown, 1.0, LIMITS.max_spike)
+
+
 def test_overfitting_is_not_blamed_on_unlearning() -> None:
     watch = LossWatch()
     assert watch.breach("loss", 1.0, 0.25) is None
