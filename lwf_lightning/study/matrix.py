@@ -90,8 +90,8 @@ def comparison_runs(study: Study, records: Iterable[Record]) -> list[Run]:
     }
     return [
         run
+        for seed in study.seeds  # first, so that a study that is stopped has as many for each method
         for method, settings in chosen.items()
-        for seed in study.seeds
         for run in _runs(
             study, "comparison", method, seed, {c: s for c, s in settings.items() if s is not None}
         )
