@@ -16,12 +16,16 @@ from lwf_lightning.cli import main as command_line
 from lwf_lightning.demo.report import DemoRun, confidence_by_part, draw, save_rows
 from lwf_lightning.demo.world import ASSETS
 
+# Learning rate and steps of each are tuned for it, see configs/studies/world.yaml.
 RUNS = {
-    "vanilla": ["--model.init_args.schedule", "never"],
+    "vanilla": [
+        *("--model.init_args.learning_rate", "2.4e-3", "--trainer.max_steps", "60"),
+        *("--model.init_args.schedule", "never"),
+    ],
     "LWF": [],
     "clean twin": [
         *("--model.init_args.model_name", "world-twin"),
-        *("--model.init_args.learning_rate", "6e-4"),  # tuned for it, as the base model's is
+        *("--model.init_args.learning_rate", "6e-4", "--trainer.max_steps", "60"),
         *("--model.init_args.schedule", "never"),
     ],
 }

@@ -90,7 +90,7 @@ def comparison_runs(study: Study, records: Iterable[Record]) -> list[Run]:
     }
     return [
         run
-        for seed in study.seeds  # first, so that a study that is stopped has as many for each method
+        for seed in study.seeds  # first: stopped early, a study has as many of each method
         for method, settings in chosen.items()
         for run in _runs(
             study, "comparison", method, seed, {c: s for c, s in settings.items() if s is not None}
