@@ -283,8 +283,9 @@ class AscentGuard(L.Callback):
             f"{self.state.scale:.3g} of unlearning_scale)"
         )
         self._log({"guard/actions": float(len(self.state.records))})
+        folder = Path(str(self._trainer.log_dir))  # on every process: it waits for the others
         if self._trainer.loggers and ranks_of(self._trainer).is_first:
-            write_jsonl(Path(str(self._trainer.log_dir)) / "guard.jsonl", self.state.records)
+            write_jsonl(folder / "guard.jsonl", self.state.records)
 
     def _log(self, figures: Mapping[str, float]) -> None:
         for logger in self._trainer.loggers:
