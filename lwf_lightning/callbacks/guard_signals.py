@@ -58,7 +58,8 @@ class GuardSignals:
     ) -> None:
         self.trainer, self.module, self.fluency_tokens = trainer, module, fluency_tokens
         data = cast(LWFDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        items = cast(list[EvalItem], data.val_dataloader()[0].dataset)
+        share = cast(list[EvalItem], data.val_dataloader()[0].dataset)
+        items = [item for item in ranks_of(trainer).merge(share) if item.counts]
         answered = [item.example for item in items if item.example.answer.strip()]
         if not answered:
             raise ValueError(
