@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lwf_lightning.cli import main as command_line
-from lwf_lightning.demo.report import DemoRun, confidence_by_part, draw, save_rows
+from lwf_lightning.demo.report import DemoRun, draw, save_rows
 from lwf_lightning.demo.world import ASSETS
+from lwf_lightning.forgetting.planted import confidence_by_part
 
 # Learning rate and steps of each are tuned for it, see configs/studies/world.yaml.
 RUNS = {

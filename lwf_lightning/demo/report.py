@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torchmetrics.functional.classification import binary_auroc
-
 from lwf_lightning.files import whole_file
+from lwf_lightning.forgetting.planted import PartScores
 from lwf_lightning.forgetting.report import write_jsonl
 
 PARTS = ("outdated", "helpful", "neutral")
@@ -32,43 +29,6 @@ class DemoRun:
         with (self.folder / "metrics.csv").open(encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get(figure)]
         return [int(row["step"]) for row in rows], [float(row[figure]) for row in rows]
-
-
-@dataclass(frozen=True)
-class PartScores:
-    """Which part of the world's knowledge each text is about, in order of its confidence.
-
-    Attributes:
-        parts: Part of each text, highest forgetting confidence first.
-        selected: How many texts, from the first on, were selected.
-        area: Area under the ROC curve of "outdated" by confidence, 0 to 1; 0.5 is chance.
-    """
-
-    parts: list[str]
-    selected: int
-    area: float
-
-
-def confidence_by_part(run_folder: Path, forgetting_rows: Path) -> PartScores:
-    """Joins the scores of a run's last refresh with the world's own account of each prompt.
-
-    Args:
-        run_folder: Folder of a run that scored its self-knowledge.
-        forgetting_rows: JSONL with ``prompt`` and ``part``.
-    """
-    lines = forgetting_rows.read_text(encoding="utf-8").splitlines()
-    part_of = {row["prompt"]: row["part"] for row in map(json.loads, lines)}
-    scored = sorted((run_folder / "scores").glob("step-*.jsonl"))[-1]
-    rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
-    parts = [part_of[row["prompt"]] for row in rows]
-    # Ranks, since torchmetrics squashes what lies outside [0, 1] by a sigmoid that may saturate.
-    ranks = torch.tensor([1 - index / len(rows) for index in range(len(rows))])
-    outdated = torch.tensor([part == "outdated" for part in parts])
-    return PartScores(
-        parts=parts,
-        selected=sum(row["selected"] for row in rows),
-        area=float(binary_auroc(ranks, outdated.long())),
-    )
 
 
 def save_rows(runs: Sequence[DemoRun], path: Path) -> None:
@@ -106,7 +66,7 @@ def draw(runs: Sequence[DemoRun], scores: PartScores, path: Path) -> None:
         color=[PART_COLOURS[part] for part in PARTS],
         label=PARTS,
     )
-    edge = 100 * scores.selected / texts
+    edge = 100 * sum(scores.selected) / texts
     histogram.axvline(edge, color="black", lw=1, ls="--", label="selected up to here")
     histogram.set(xlabel="texts of D_self, highest confidence first, %", ylabel="texts")
     histogram.set_title(f"What LWF chose to forget (area under ROC {scores.area:.2f})")

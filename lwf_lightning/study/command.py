@@ -22,6 +22,7 @@ from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
 from lwf_lightning.study.matrix import Run, comparison_runs, tuning_runs
 from lwf_lightning.study.page import write_page
+from lwf_lightning.study.planted import with_found_figures
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.summary import summarize
 from lwf_lightning.study.tables import markdown
@@ -91,7 +92,7 @@ def missing_runs(study: Study) -> list[Run]:
 
 def report(study: Study, console: Console) -> None:
     """Writes tables, figures and page from the records, and says where they are."""
-    records = read_records(results_file(study))
+    records = with_found_figures(study, read_records(results_file(study)))
     lines = summarize(study, records)
     if not lines:
         console.print("Nothing to compare yet: no run of the comparison is recorded.")

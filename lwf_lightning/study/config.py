@@ -46,6 +46,21 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Planted:
+    """Knowledge of which it is known that it should be forgotten: confidence is judged by it.
+
+    Attributes:
+        rows: JSONL file with the prompts of the forgetting tasks, each with the field.
+        field: The field that tells parts apart.
+        value: Its value in the rows that should be forgotten.
+    """
+
+    rows: str
+    field: str = "part"
+    value: str = "outdated"
+
+
+@dataclass(frozen=True)
 class Study:
     """A comparison of methods.
 
@@ -60,6 +75,7 @@ class Study:
         common_space: What tuning may choose for every method: path -> values.
         tuning: None takes every method as it is written.
         figure: The figure that is compared, measured on the test split.
+        planted: What is known of the forgetting prompts; None if nothing is.
         output: Folder of runs, results and report.
     """
 
@@ -73,18 +89,21 @@ class Study:
     common_space: dict[str, list[Any]] = field(default_factory=dict)
     tuning: Tuning | None = None
     figure: str = "test/accuracy"
+    planted: Planted | None = None
     output: str = "runs/studies"
 
     def __post_init__(self) -> None:
         """Checks what can be checked before anything is run.
 
         Raises:
-            ValueError: If a named method is missing, there is nothing to compare, or seeds of
-                tuning and comparison overlap.
+            ValueError: If a named method or file is missing, there is nothing to compare, or
+                seeds of tuning and comparison overlap.
         """
         for role, key in (("baseline", self.baseline), ("ceiling", self.ceiling)):
             if key is not None and key not in self.methods:
                 raise ValueError(f"{role}: {key!r} is no key of methods: {', '.join(self.methods)}")
+        if self.planted is not None and not Path(self.planted.rows).is_file():
+            raise ValueError(f"planted.rows: {self.planted.rows} does not exist")
         if not self.cells or not self.seeds:
             raise ValueError("cells and seeds must not be empty: there would be nothing to run")
         if len(set(self.seeds)) < len(self.seeds):

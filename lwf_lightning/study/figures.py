@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +10,10 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lwf_lightning.files import whole_file
+from lwf_lightning.forgetting.planted import last_scores
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.planted import log_folder
 from lwf_lightning.study.summary import Line
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
     alike: dict[tuple[Any, ...], list[Record]] = {}
     rows_of: dict[str, list[dict[str, Any]]] = {}
     for record in _first_of_each(study, records):
-        if rows := last_scores(record):
+        if rows := last_scores(log_folder(study, record)):
             scores = sorted((row["prompt"], float(f"{row['confidence']:.4g}")) for row in rows)
             alike.setdefault(tuple(scores), []).append(record)
             rows_of[record["method"]] = rows
@@ -177,14 +178,6 @@ def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
         axes.set_xlim(0, 1.15 * max(values))
     left.invert_yaxis()
     return figure
-
-
-def last_scores(record: Record) -> list[dict[str, Any]]:
-    """Rows of the last refresh of a run; none if its folder is gone or nothing was scored."""
-    files = sorted((Path(record["log"]) / "scores").glob("step-*.jsonl"))
-    if not files:
-        return []
-    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
 
 
 def _wide_range(values: Sequence[float]) -> tuple[list[float], float]:

@@ -11,7 +11,7 @@ from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.summary import Line
-from lwf_lightning.study.tables import HEADINGS, cells_of, forgetting_cells
+from lwf_lightning.study.tables import tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
@@ -58,20 +58,19 @@ def write_page(
         if not own:
             continue
         body.append(f"<h2>{html.escape(cell)}</h2>")
+        comparison, *others = tables(study, own)
         marks = ["baseline" if line.method == study.baseline else "" for line in own]
-        body.append(_table(HEADINGS, [cells_of(study, line) for line in own], marks))
+        body.append(_table(comparison.headings, comparison.rows, marks))
         body += [
             f'<h3>{html.escape(title.split(": ", 1)[1])}</h3><img alt="{html.escape(title)}" '
             f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
             for title, file in pictures.items()
             if title.startswith(f"{cell}: ")
         ]
-        rows = [
-            (study.label(line.method), *cells) for line in own for cells in forgetting_cells(line)
+        body += [
+            f"<h3>{html.escape(table.title)}</h3>" + _table(table.headings, table.rows)
+            for table in others
         ]
-        if rows:
-            heads = ("method", "forgetting task", "accuracy before, %", "after, %")
-            body.append("<h3>forgetting tasks, unseen prompts</h3>" + _table(heads, rows))
     body.append(_commands(records))
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -22,6 +22,7 @@ from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
 from lwf_lightning.study.overlay import looked_up, overlaid
+from lwf_lightning.study.planted import found_figures
 
 _PACKAGES = ("lwf-lightning", "torch", "lightning", "transformers")
 
@@ -37,7 +38,8 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
 
     Returns:
         The record: what was run and how, figures of the test split, curves of the validation
-        split, seconds, and the most memory that the process held during the run, in bytes.
+        split, ``area`` and ``precision`` where knowledge was planted, seconds, and the most memory
+        that the process held during the run, in bytes.
 
     Raises:
         ValueError: If the fit logged no validation figure to choose by.
@@ -75,6 +77,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         "figures": {name: value for name, value in figures.items() if name.startswith("test/")},
         "validation": curves[chosen_by][1][-1],
         "curves": curves,
+        **found_figures(study, log),
         "seconds": seconds,
         "peak_memory": peak_memory(),
     }

@@ -23,6 +23,8 @@ class Line:
         adjusted_p_value: The paired test's, adjusted for all comparisons of the study.
         forgetting: Forgetting task -> its mean accuracy before training and after, on prompts of
             the validation split, which are not among those elicited.
+        found: ``area`` and ``precision`` where knowledge was planted and scored, mean over
+            seeds.
         seconds: Median time of a run, as a multiple of the baseline's.
         memory: Median peak memory of a run, as a multiple of the baseline's.
         setting: What tuning chose.
@@ -33,6 +35,7 @@ class Line:
     gain: Gain
     adjusted_p_value: float
     forgetting: Mapping[str, tuple[float, float]]
+    found: Mapping[str, float]
     seconds: float
     memory: float
     setting: Mapping[str, Any]
@@ -63,6 +66,7 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             gain=gain,
             adjusted_p_value=p_value,
             forgetting=_forgetting(own),
+            found=_found(own),
             seconds=_multiple("seconds", own, baseline),
             memory=_multiple("peak_memory", own, baseline),
             setting=own[0]["setting"],
@@ -84,6 +88,14 @@ def _forgetting(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
     return {
         name.removeprefix(prefix): (fmean(v[0] for v in values), fmean(v[-1] for v in values))
         for name, values in curves.items()
+    }
+
+
+def _found(records: Sequence[Record]) -> dict[str, float]:
+    return {
+        name: fmean(known)
+        for name in ("area", "precision")
+        if (known := [r[name] for r in records if name in r])
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.summary import Line
@@ -19,6 +20,15 @@ HEADINGS = (
     "memory",
     "chosen setting",
 )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows, with a title; the comparison itself has none."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def cells_of(study: Study, line: Line) -> tuple[str, ...]:
@@ -45,33 +55,53 @@ def cells_of(study: Study, line: Line) -> tuple[str, ...]:
     )
 
 
-def forgetting_cells(line: Line) -> list[tuple[str, str, str]]:
-    """Task, accuracy before and after training of a line's forgetting tasks, as text."""
+def tables(study: Study, lines: Sequence[Line]) -> list[Table]:
+    """The tables of one cell: the comparison, then what else its runs tell.
+
+    Args:
+        study: The study.
+        lines: The lines of the cell.
+    """
+    rows = [cells_of(study, line) for line in lines]
     return [
-        (task, f"{100 * before:.1f}", f"{100 * after:.1f}")
-        for task, (before, after) in line.forgetting.items()
+        Table("", HEADINGS, rows),
+        *(table for table in (_found(study, lines), _forgetting(study, lines)) if table.rows),
     ]
 
 
+def _found(study: Study, lines: Sequence[Line]) -> Table:
+    rows = [
+        (
+            study.label(line.method),
+            *(f"{line.found[n]:.3f}" if n in line.found else "" for n in ("area", "precision")),
+        )
+        for line in lines
+        if line.found
+    ]
+    sought = "" if study.planted is None else study.planted.value
+    headings = ("method", "area under the ROC curve of confidence", "precision of the chosen texts")
+    return Table(f"what was found of the {sought} texts, mean over seeds", headings, rows)
+
+
+def _forgetting(study: Study, lines: Sequence[Line]) -> Table:
+    rows = [
+        (study.label(line.method), task, f"{100 * before:.1f}", f"{100 * after:.1f}")
+        for line in lines
+        for task, (before, after) in line.forgetting.items()
+    ]
+    headings = ("method", "forgetting task", "accuracy before, %", "after, %")
+    return Table("forgetting tasks, unseen prompts", headings, rows)
+
+
 def markdown(study: Study, lines: Sequence[Line]) -> str:
-    """All tables of a study: one per cell."""
+    """All tables of a study, cell by cell."""
     parts = []
     for cell in study.cells:
-        own = [line for line in lines if line.cell == cell]
-        if not own:
-            continue
-        parts += [
-            f"## {cell}",
-            "",
-            *markdown_table(HEADINGS, [cells_of(study, line) for line in own]),
-            "",
-        ]
-        rows = [
-            (study.label(line.method), *cells) for line in own for cells in forgetting_cells(line)
-        ]
-        if rows:
-            heads = ("method", "forgetting task", "accuracy before", "after (unseen prompts)")
-            parts += [*markdown_table(heads, rows), ""]
+        if own := [line for line in lines if line.cell == cell]:
+            parts += [f"## {cell}", ""]
+            for table in tables(study, own):
+                parts += [f"### {table.title}", ""] if table.title else []
+                parts += [*markdown_table(table.headings, table.rows), ""]
     return "\n".join(parts)
 
 

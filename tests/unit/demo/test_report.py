@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lwf_lightning.demo.report import DemoRun, confidence_by_part, draw
+from lwf_lightning.demo.report import DemoRun, draw
+from lwf_lightning.forgetting.planted import confidence_by_part
 
 
 def test_scores_are_joined_with_their_parts_and_drawn(tmp_path: Path) -> None:
@@ -15,10 +16,15 @@ def test_scores_are_joined_with_their_parts_and_drawn(tmp_path: Path) -> None:
     scores.parent.mkdir(parents=True)
     # the best order but for one exchange: 5 of 6 pairs of an outdated and another text are right
     order = [("p0", True), ("p1", True), ("p2", False), ("p3", False), ("p4", False)]
-    scores.write_text("".join(json.dumps({"prompt": p, "selected": s}) + "\n" for p, s in order))
+    scored = [
+        {"prompt": prompt, "selected": selected, "confidence": 5.0 - place}
+        for place, (prompt, selected) in enumerate(order)
+    ]
+    scores.write_text("".join(json.dumps(row) + "\n" for row in scored))
     joined = confidence_by_part(tmp_path / "run", truth)
     assert joined.parts == parts
-    assert joined.selected == 2
+    assert joined.selected == [True, True, False, False, False]
+    assert joined.precision == 0.5
     assert abs(joined.area - 5 / 6) < 1e-6
 
     table = "step,train/loss,val/accuracy\n0,,0.1\n1,2.0,\n1,,0.5\n"

@@ -25,7 +25,7 @@ def record(study: Study, method: str, seed: int, **given: Any) -> dict[str, Any]
     curves = {"val/accuracy": [[0, 5], [0.2, 0.4 + 0.1 * seed]]}
     return {
         "stage": "comparison", "cells": ["a"], "method": method, "seed": seed,
-        "log": str(log), "curves": curves, **given,
+        "run": log.name, "folder": str(log), "log": str(log), "curves": curves, **given,
     }  # fmt: skip
 
 
