@@ -5,18 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
-
-import lightning as L
-from torch.utils.data import DataLoader
+from typing import TYPE_CHECKING, Any
 
 from lwf_lightning.data.arguments import check_arguments
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
-from lwf_lightning.data.evaluation import EvalItem, Evaluation, eval_items, eval_loader
+from lwf_lightning.data.evaluation import EvalItem, EvalSplit, Evaluation
 from lwf_lightning.data.rows import Row, Split
 from lwf_lightning.data.sampler import ResumableLoader, filled_indices, seeded_sample
 from lwf_lightning.data.training import learning_texts, pooled_prompts
 from lwf_lightning.distributed import ranks_of
+from lwf_lightning.evaluation_data import EvaluationDataMixin
 from lwf_lightning.files import cache_root
 from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
 from lwf_lightning.tasks import (
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class LWFDataModule(L.LightningDataModule):
+class LWFDataModule(EvaluationDataMixin):
     """The learning task (D_L), the forgetting tasks (D_F), and what comes of them.
 
     The tokenizer is that of the module being trained. Without a Trainer, set ``tokenizer`` before
@@ -71,6 +69,7 @@ class LWFDataModule(L.LightningDataModule):
         eval_examples: int | None = None,
         evaluation: Evaluation = "choice",
         evaluate_forgetting: bool = True,
+        evaluate_seen: bool = False,
         max_new_tokens: int = 64,
         elicit_batch_size: int = 32,
         cache_dir: str | None = None,
@@ -100,6 +99,9 @@ class LWFDataModule(L.LightningDataModule):
             evaluation: ``choice``: choice tasks are scored by log-likelihood. ``generate``: every
                 answer is generated and read, as is done anyway without choices.
             evaluate_forgetting: Whether to evaluate on the forgetting tasks too.
+            evaluate_seen: Whether validation also asks the very prompts that are elicited
+                (``forget/seen_accuracy_<task>``): with what is left of answers that were unlearned
+                beside those of prompts that were not among them.
             max_new_tokens: Limit of a generated answer, in self-generation and evaluation.
             elicit_batch_size: Prompts answered at a time in self-generation; changes no result.
             cache_dir: Folder that keeps elicited texts for the next run; by default
@@ -125,6 +127,7 @@ class LWFDataModule(L.LightningDataModule):
         self.eval_examples = eval_examples
         self.evaluation: Evaluation = evaluation
         self.evaluate_forgetting = evaluate_forgetting
+        self.evaluate_seen = evaluate_seen
         self.max_new_tokens = max_new_tokens
         self.elicit_batch_size = elicit_batch_size
         self.cache_dir = cache_dir
@@ -146,7 +149,7 @@ class LWFDataModule(L.LightningDataModule):
         self.forgetting_examples: list[tuple[str, Example]] = []
         self.self_knowledge: SelfKnowledge | None = None
         self.forget_set: list[int] | None = None
-        self._eval_items: dict[tuple[str, Split, Evaluation], list[EvalItem]] = {}
+        self._eval_items: dict[tuple[str, EvalSplit, Evaluation], list[EvalItem]] = {}
         self._loader: ResumableLoader | None = None
         self._loader_state: dict[str, int] | None = None
         self._resumed_texts: str | None = None
@@ -169,6 +172,7 @@ class LWFDataModule(L.LightningDataModule):
                 self._prepare_training()
         if stage in ("fit", "validate"):
             self._prepare_evaluation(self.eval_tasks, "validation", self.evaluation)
+            self._prepare_evaluation(self._seen_tasks, "seen", self.evaluation)
         if stage == "test":
             self._prepare_evaluation(self.eval_tasks, "test", self.evaluation)
         if stage == "predict":
@@ -189,22 +193,16 @@ class LWFDataModule(L.LightningDataModule):
         self.learning_encoded = learning_texts(
             self._tokenizer, task, rows, self.max_length, self.chat_template
         )
-        self.forgetting_examples = pooled_prompts(
+        self.forgetting_examples = self.elicited_prompts()
+
+    def elicited_prompts(self) -> list[tuple[str, Example]]:
+        """The training prompts of all forgetting tasks within the limit; see ``setup``."""
+        return pooled_prompts(
             [self.tasks[name] for name in self.forgetting_tasks],
             [self._rows(name, "train") for name in self.forgetting_tasks],
             self.forgetting_prompts,
             self.seed,
         )
-
-    def _prepare_evaluation(self, names: Iterable[str], split: Split, kind: Evaluation) -> None:
-        for name in names:
-            key = (name, split, self._eval_kind(name, kind))
-            if key not in self._eval_items:
-                rows = seeded_sample(self._rows(name, split), self.eval_examples, self.seed)
-                examples = self.tasks[name].examples(rows)
-                self._eval_items[key] = eval_items(
-                    self._tokenizer, examples, key[2], self.max_length, self.chat_template
-                )
 
     def _rows(self, name: str, split: Split) -> list[Row]:
         return load_rows(self.tasks[name], split, data_dir=self.data_dir, source=self.source)
@@ -325,48 +323,6 @@ class LWFDataModule(L.LightningDataModule):
         if self._loader_state is not None:
             self._loader.load_state_dict(self._loader_state)
         return self._loader
-
-    @property
-    def eval_tasks(self) -> list[str]:
-        """The tasks of evaluation, one loader each: learning first, then each forgetting task.
-
-        Those without gold answers are left out.
-        """
-        forgetting = self.forgetting_tasks if self.evaluate_forgetting else []
-        with_answers = [name for name in forgetting if self.tasks[name].has_answers]
-        return list(dict.fromkeys([self.learning_task, *with_answers]))
-
-    def eval_names(self, stage: Literal["val", "test"]) -> list[str]:
-        """The names under which accuracies are logged, in the order of the loaders."""
-        _, *forgetting = self.eval_tasks
-        prefix = "forget" if stage == "val" else "test"
-        return [f"{stage}/accuracy", *(f"{prefix}/accuracy_{name}" for name in forgetting)]
-
-    def val_dataloader(self) -> list[DataLoader[EvalItem]]:
-        """One loader of ``EvalBatch`` per task of ``eval_tasks``, on the validation split."""
-        return [self._eval_loader(name, "validation", self.evaluation) for name in self.eval_tasks]
-
-    def test_dataloader(self) -> list[DataLoader[EvalItem]]:
-        """As :meth:`val_dataloader`, for the test split."""
-        return [self._eval_loader(name, "test", self.evaluation) for name in self.eval_tasks]
-
-    def predict_dataloader(self) -> DataLoader[EvalItem]:
-        """The test prompts of the learning task, to be answered by generation."""
-        return self._eval_loader(self.learning_task, "test", "generate")
-
-    def _eval_loader(self, name: str, split: Split, kind: Evaluation) -> DataLoader[EvalItem]:
-        kind = self._eval_kind(name, kind)
-        return eval_loader(
-            self._eval_items[name, split, kind],
-            task=name,
-            kind=kind,
-            batch_size=self.eval_batch_size,
-            pad_token_id=self.pad_token_id,
-            ranks=ranks_of(self.trainer),
-        )
-
-    def _eval_kind(self, name: str, wanted: Evaluation) -> Evaluation:
-        return wanted if self.tasks[name].has_choices else "generate"
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the learning texts, forget set and seed: primitives only."""

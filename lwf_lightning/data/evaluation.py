@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, collate
 from lwf_lightning.data.encode import encode_choices, encode_prompt
-from lwf_lightning.data.rows import DataError
+from lwf_lightning.data.rows import DataError, Split
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.tasks.base import Example
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Evaluation: TypeAlias = Literal["choice", "generate"]
+EvalSplit: TypeAlias = Split | Literal["seen"]
+"""A split, or the prompts that self-knowledge is elicited from."""
 
 
 @dataclass(frozen=True)

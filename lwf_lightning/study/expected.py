@@ -193,7 +193,8 @@ def _work(
     validations = steps // interval if isinstance(interval, int) else epochs
     validations += any(isinstance(callback, ValidateFirst) for callback in callbacks)
     data.setup("test")
-    validation, test = (_evaluation(data, split) for split in ("validation", "test"))
+    validation = _evaluation(data, ("validation", "seen"))
+    test = _evaluation(data, ("test",))
     work = Work(
         trained=round(trained),
         read=validations * validation.read + test.read,
@@ -202,11 +203,11 @@ def _work(
     return steps, work, elicitation
 
 
-def _evaluation(data: LWFDataModule, split: str) -> Work:
-    """Work of one evaluation on a split; the choices of a question each read its prompt."""
+def _evaluation(data: LWFDataModule, splits: Sequence[str]) -> Work:
+    """Work of one evaluation on some splits; the choices of a question each read its prompt."""
     read = decoded = 0
     for (_, name, kind), items in data._eval_items.items():
-        if name == split:
+        if name in splits:
             texts = itertools.chain.from_iterable(item.texts for item in items)
             read += sum(len(text) for text in texts)
             if kind == "generate":

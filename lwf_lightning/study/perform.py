@@ -56,7 +56,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     log = Path(str(cli.trainer.log_dir))
-    curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy"))
+    curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy", "forget/seen_accuracy"))
     chosen_by = study.tuning.figure if study.tuning else "val/accuracy"
     if chosen_by not in curves:
         raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")

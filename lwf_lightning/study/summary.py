@@ -23,6 +23,7 @@ class Line:
         adjusted_p_value: The paired test's, adjusted for all comparisons of the study.
         forgetting: Forgetting task -> its mean accuracy before training and after, on prompts of
             the validation split, which are not among those elicited.
+        seen: The same on the very prompts that were elicited, where ``data.evaluate_seen`` is set.
         found: ``area`` and ``precision`` where knowledge was planted and scored, mean over
             seeds.
         seconds: Median time of a run, as a multiple of the baseline's.
@@ -35,6 +36,7 @@ class Line:
     gain: Gain
     adjusted_p_value: float
     forgetting: Mapping[str, tuple[float, float]]
+    seen: Mapping[str, tuple[float, float]]
     found: Mapping[str, float]
     seconds: float
     memory: float
@@ -65,7 +67,8 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             method=method,
             gain=gain,
             adjusted_p_value=p_value,
-            forgetting=_forgetting(own),
+            forgetting=_first_and_last(own, "forget/accuracy_"),
+            seen=_first_and_last(own, "forget/seen_accuracy_"),
             found=_found(own),
             seconds=_multiple("seconds", own, baseline),
             memory=_multiple("peak_memory", own, baseline),
@@ -81,8 +84,7 @@ def _runs_of(records: Sequence[Record], cell: str, method: str) -> list[Record]:
     return [r for r in records if r["method"] == method and cell in r["cells"]]
 
 
-def _forgetting(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
-    prefix = "forget/accuracy_"
+def _first_and_last(records: Sequence[Record], prefix: str) -> dict[str, tuple[float, float]]:
     names = {n for r in records for n in r["curves"] if n.startswith(prefix)}
     curves = {n: [r["curves"][n][1] for r in records if n in r["curves"]] for n in sorted(names)}
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lwf_lightning.study.config import Study
@@ -85,12 +85,24 @@ def _found(study: Study, lines: Sequence[Line]) -> Table:
 
 def _forgetting(study: Study, lines: Sequence[Line]) -> Table:
     rows = [
-        (study.label(line.method), task, f"{100 * before:.1f}", f"{100 * after:.1f}")
+        (
+            study.label(line.method),
+            task,
+            *_percent(line.forgetting, task),
+            *_percent(line.seen, task),
+        )
         for line in lines
-        for task, (before, after) in line.forgetting.items()
+        for task in sorted({*line.forgetting, *line.seen})
     ]
-    headings = ("method", "forgetting task", "accuracy before, %", "after, %")
-    return Table("forgetting tasks, unseen prompts", headings, rows)
+    headings = ["method", "forgetting task", "before, %", "after, %"]
+    if any(line.seen for line in lines):
+        headings += ["elicited prompts: before, %", "after, %"]
+    title = "accuracy on forgetting tasks, on prompts that were not elicited"
+    return Table(title, headings, [row[: len(headings)] for row in rows])
+
+
+def _percent(accuracies: Mapping[str, tuple[float, float]], task: str) -> list[str]:
+    return [f"{100 * value:.1f}" for value in accuracies[task]] if task in accuracies else ["", ""]
 
 
 def markdown(study: Study, lines: Sequence[Line]) -> str:

@@ -50,6 +50,7 @@ def study(tmp_path: Path, model_folder: Path, data_folder: Path) -> Study:
                     "forget": {"answer": "answer"},
                 },
                 "batch_size": 4,
+                "evaluate_seen": True,
                 "max_new_tokens": 4,
                 "cache_dir": str(tmp_path / "cache"),
             },
@@ -99,6 +100,7 @@ def test_a_study_tunes_compares_and_reports(study: Study) -> None:
     assert "http" not in page.replace("http-equiv", "")
     table = (study.folder / "results.md").read_text()
     assert "| LWF | 2 |" in table
+    assert "elicited prompts: before" in table
 
 
 def test_a_failed_run_says_where_to_look_and_leaves_no_record(study: Study) -> None:
