@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +62,23 @@ class Planted:
 
 
 @dataclass(frozen=True)
+class Map:
+    """Cells as places on a map of gains.
+
+    Attributes:
+        x: What the first coordinate is, as the axis says it.
+        y: What the second one is.
+        method: Method whose gain is shown, beside that of the ceiling.
+        coordinates: Cell -> its two coordinates; cells without any are left out.
+    """
+
+    x: str
+    y: str
+    method: str
+    coordinates: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Study:
     """A comparison of methods.
 
@@ -75,6 +93,7 @@ class Study:
         common_space: What tuning may choose for every method: path -> values.
         tuning: None takes every method as it is written.
         figure: The figure that is compared, measured on the test split.
+        map: Where cells lie on a map of gains; None draws none.
         planted: What is known of the forgetting prompts; None if nothing is.
         output: Folder of runs, results and report.
     """
@@ -89,6 +108,7 @@ class Study:
     common_space: dict[str, list[Any]] = field(default_factory=dict)
     tuning: Tuning | None = None
     figure: str = "test/accuracy"
+    map: Map | None = None
     planted: Planted | None = None
     output: str = "runs/studies"
 
@@ -99,9 +119,16 @@ class Study:
             ValueError: If a named method or file is missing, there is nothing to compare, or
                 seeds of tuning and comparison overlap.
         """
-        for role, key in (("baseline", self.baseline), ("ceiling", self.ceiling)):
+        shown = None if self.map is None else self.map.method
+        for role, key in (
+            ("baseline", self.baseline),
+            ("ceiling", self.ceiling),
+            ("map.method", shown),
+        ):
             if key is not None and key not in self.methods:
                 raise ValueError(f"{role}: {key!r} is no key of methods: {', '.join(self.methods)}")
+        if self.map is not None:
+            _check_places(self.map, self.cells)
         if self.planted is not None and not Path(self.planted.rows).is_file():
             raise ValueError(f"planted.rows: {self.planted.rows} does not exist")
         if not self.cells or not self.seeds:
@@ -139,6 +166,15 @@ class Study:
     def label(self, method: str) -> str:
         """The name of a method in tables and figures."""
         return self.methods[method].label or method
+
+
+def _check_places(plan: Map, cells: Mapping[str, Any]) -> None:
+    if unknown := plan.coordinates.keys() - cells.keys():
+        raise ValueError(
+            f"map.coordinates: {sorted(unknown)[0]!r} is no key of cells: {', '.join(cells)}"
+        )
+    if len(set(map(tuple, plan.coordinates.values()))) < len(plan.coordinates):
+        raise ValueError("map.coordinates: two cells lie at the same place")
 
 
 @lru_cache(maxsize=4)

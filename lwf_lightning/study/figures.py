@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lwf_lightning.files import whole_file
 from lwf_lightning.forgetting.planted import last_scores
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.planted import log_folder
 from lwf_lightning.study.summary import Line
@@ -24,12 +25,14 @@ GREY, RED, BLUE = "#7f7f7f", "#d62728", "#1f77b4"
 
 
 def draw_all(study: Study, lines: Sequence[Line], records: Sequence[Record]) -> dict[str, Path]:
-    """Draws what there is to draw, one set of pictures per cell.
+    """Draws what there is to draw: a map, and one set of pictures per cell.
 
     Returns:
-        Title -> PNG file in the study's folder.
+        Title -> PNG file in the study's folder; titles of a cell's begin with its name.
     """
     pictures: dict[str, Path] = {}
+    if (places := gain_map(study, lines)) is not None:
+        pictures[MAP] = _save(places, study.folder / "figures" / "map.png")
     for cell in study.cells:
         own = [line for line in lines if line.cell == cell]
         if not own:
@@ -44,12 +47,11 @@ def draw_all(study: Study, lines: Sequence[Line], records: Sequence[Record]) -> 
         for kind, figure in drawn.items():
             if figure is not None:
                 path = study.folder / "figures" / f"{cell}-{kind}.png"
-                with whole_file(path) as temporary:
-                    figure.savefig(temporary, dpi=110, format="png")
-                pictures[f"{cell}: {TITLES[kind]}"] = path
+                pictures[f"{cell}: {TITLES[kind]}"] = _save(figure, path)
     return pictures
 
 
+MAP = "where it pays"
 TITLES = {
     "gain": "gain over the baseline",
     "curves": "learning curves",
@@ -199,6 +201,12 @@ def _first_of_each(study: Study, records: Iterable[Record]) -> list[Record]:
     for record in sorted(records, key=lambda record: record["seed"]):
         first.setdefault(record["method"], record)
     return [first[method] for method in study.methods if method in first]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    return path
 
 
 def _mean(curve: Mapping[int, Sequence[float]]) -> tuple[list[int], list[float]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.figures import MAP
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.summary import Line
 from lwf_lightning.study.tables import tables
@@ -53,6 +54,8 @@ def write_page(
         "of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons of the "
         "study. Time and memory are multiples of the baseline's medians.</p>",
     ]
+    if MAP in pictures:
+        body.append(f"<h2>{MAP}</h2>" + _picture(MAP, pictures[MAP]))
     for cell in study.cells:
         own = [line for line in lines if line.cell == cell]
         if not own:
@@ -62,8 +65,7 @@ def write_page(
         marks = ["baseline" if line.method == study.baseline else "" for line in own]
         body.append(_table(comparison.headings, comparison.rows, marks))
         body += [
-            f'<h3>{html.escape(title.split(": ", 1)[1])}</h3><img alt="{html.escape(title)}" '
-            f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
+            f"<h3>{html.escape(title.removeprefix(f'{cell}: '))}</h3>" + _picture(title, file)
             for title, file in pictures.items()
             if title.startswith(f"{cell}: ")
         ]
@@ -81,6 +83,11 @@ def write_page(
     )
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _picture(title: str, file: Path) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
 
 
 def _provenance(study: Study, records: Sequence[Record]) -> str:
