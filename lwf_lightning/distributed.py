@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import (
@@ -106,15 +106,39 @@ def _check_model_parallel(strategy: ModelParallelStrategy, world_size: int) -> N
 
 
 def prepare_to_shard(trainer: L.Trainer) -> None:
-    """Lets all ranks draw the same numbers, and refuses a checkpoint that could run code.
+    """Lets all ranks draw the same numbers, and refuses a checkpoint that would not fit.
 
     Without it each rank would draw another adapter, and a sharded one would be of parts that do
     not fit together.
     """
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).is_dir():
-            check_sharded(trainer.ckpt_path)
+        path = Path(trainer.ckpt_path or "")
+        if trainer.ckpt_path is not None and path.is_dir():
+            check_sharded(path)
+        elif trainer.ckpt_path is not None and path.is_file() and trainer.training:
+            saved = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            check_resumable(trainer, saved.get("lwf", {}))
         torch.set_rng_state(ranks_of(trainer).from_first(torch.get_rng_state))
+
+
+def check_resumable(trainer: L.Trainer | None, saved: Mapping[str, Any]) -> None:
+    """Refuses to go on under FSDP2 with a run that began without it, or the other way.
+
+    Args:
+        trainer: The trainer; None if there is nothing to go on with.
+        saved: What LWFModule has put into the checkpoint.
+
+    Raises:
+        ValueError: If the states of the optimizers would not fit.
+    """
+    if trainer is None or not trainer.training or "is_sharded" not in saved:
+        return
+    if saved["is_sharded"] != isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"{trainer.ckpt_path} was {'' if saved['is_sharded'] else 'not '}saved under FSDP2: go "
+            "on with the trainer.strategy it was made with, or make a model of it "
+            "(python cli.py export) and begin a run with that"
+        )
 
 
 def shard(model: nn.Module, trainer: L.Trainer) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import (
+    check_resumable,
     check_strategy,
     prepare_to_shard,
     ranks_of,
@@ -326,6 +327,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             "unlearning_steps": self.unlearning_steps,
             "unlearned_before": self._unlearned_before,
             "skipped_steps": self.skipped_steps,
+            "is_sharded": mesh_of(self.model.parameters()) is not None,
             "random_states": ranks_of(self.trainer).gather(random_state(self.device)),
             # An adapter starts at random, so a resumed run cannot find its start again.
             "base_weights": None if self.lora is None else whole_weights(self.base_weights or {}),
@@ -334,6 +336,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the counters and the random state back."""
         state = checkpoint["lwf"]
+        check_resumable(self._trainer, state)
         self.unlearning_steps = state["unlearning_steps"]
         self._unlearned_before = state["unlearned_before"]
         self.skipped_steps = state["skipped_steps"]

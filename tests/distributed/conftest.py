@@ -13,8 +13,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
+from lwf_lightning import AscentGuard, ExportCallback
 from lwf_lightning.forgetting.weights import copy_weights
 from lwf_lightning.shards import whole
 
@@ -58,6 +60,15 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "regularizer_options": {"strength": 1.0},
         },
     },
+    "guarded, nothing to push on one rank": {
+        "module": {
+            "unlearning_scale": 300.0,
+            "unlearning_ceiling": 1e9,
+            "unlearning_interval": 1,
+        },
+        "data": {"forgetting_prompts": 1},
+        "guard": {"damping": 0.03, "max_rise": 0.01, "max_spike": 10.0, "pause_steps": 3},
+    },
     "replay, generated": {
         "module": {
             "objective": "replay",
@@ -87,6 +98,11 @@ def strategy(ranks: int) -> Strategy:
     if os.environ.get(STRATEGY) == "fsdp2":
         return ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False, timeout=timeout)
     return DDPStrategy(timeout=timeout)
+
+
+def guard_of(trainer: L.Trainer) -> AscentGuard:
+    (guard,) = (c for c in trainer.callbacks if isinstance(c, AscentGuard))  # type: ignore[attr-defined]
+    return guard
 
 
 @pytest.fixture
@@ -144,6 +160,7 @@ def make_run(
             }
         )
         callback = make_callback(**options.get("callback", {}))
+        callbacks = [AscentGuard(**options.get("guard", {})), *callbacks]
         if ranks > 1 or "RANK" in os.environ:
             trainer_options |= {"devices": ranks, "strategy": strategy(ranks)}
         defaults = {"max_steps": 21, "limit_val_batches": None, "val_check_interval": None}
@@ -154,12 +171,12 @@ def make_run(
 
 
 @pytest.fixture
-def results_of(make_run: Make) -> Callable[[str, int], dict[str, Any]]:
+def results_of(make_run: Make) -> Callable[..., dict[str, Any]]:
     """Makes one of ``RUNS`` and returns all that has to be equal."""
 
-    def run(name: str, ranks: int) -> dict[str, Any]:
+    def run(name: str, ranks: int, callbacks: Any = ()) -> dict[str, Any]:
         recorder = Recorder()
-        trainer, module, data, callback = make_run(name, ranks, [recorder])
+        trainer, module, data, callback = make_run(name, ranks, [recorder, *callbacks])
         trainer.fit(module, data)
         fisher, anchor = callback.load_tensors()
         fitted = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -172,7 +189,39 @@ def results_of(make_run: Make) -> Callable[[str, int], dict[str, Any]]:
             "scores": callback.state_dict()["scores"],
             "weights": recorder.weights,
             "counts": [trainer.global_step, module.unlearning_steps, module.skipped_steps],
+            "guard": guard_of(trainer).state.records,
             "metrics": fitted | tested,
         }
+
+    return run
+
+
+@pytest.fixture
+def write_files(make_run: Make) -> Callable[[int, Path], None]:
+    """Runs what writes for others: elicit, score and ExportCallback."""
+
+    def write(ranks: int, folder: Path) -> None:
+        for command in ("elicit", "score"):
+            trainer, module, data, _ = make_run("replay, generated", ranks)
+            getattr(trainer, command)(module, data, output=str(folder / f"{command}.jsonl"))
+        export = ExportCallback(str(folder / "exported"))
+        trainer, module, data, _ = make_run("replay, generated", ranks, [export], max_steps=3)
+        trainer.fit(module, data)
+
+    return write
+
+
+@pytest.fixture
+def weights_after(make_run: Make) -> Callable[..., list[dict[str, torch.Tensor]]]:
+    """Makes a run that saves every 7 steps, perhaps from a checkpoint on; its weights."""
+
+    def run(ranks: int, folder: Path, ckpt_path: Path | None = None) -> Any:
+        saver = ModelCheckpoint(
+            dirpath=folder, every_n_train_steps=7, save_top_k=-1, filename="{step}"
+        )
+        recorder = Recorder()
+        trainer, module, data, _ = make_run("a ceiling for some", ranks, [recorder, saver])
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return recorder.weights
 
     return run

@@ -137,6 +137,15 @@ def test_elicited_texts_that_only_the_first_rank_has_kept_serve_all(
     assert again.self_knowledge == data.self_knowledge
 
 
+def test_a_checkpoint_of_one_process_is_gone_on_with(
+    weights_after: Make, shared_folder: Path
+) -> None:
+    expected = torch.load(shared_folder / "weights.pt", weights_only=True)
+    kept = shared_folder / "checkpoints"
+    found = weights_after(2, kept / "of two", kept / "of one" / "step=7.ckpt")
+    torch.testing.assert_close(found, expected[7:], rtol=1e-12, atol=1e-12)
+
+
 def test_one_run_folder_is_written_and_it_is_whole(make_run: Make, shared_folder: Path) -> None:
     root = shared_folder / "one_folder"
     trainer, module, data, callback = make_run("probe", 2, max_steps=2, default_root_dir=root)

@@ -83,3 +83,42 @@ def test_a_resumed_run_equals_one_that_saved_nothing_and_both_formats_are_export
             assert (kept / "exported" / "adapter").is_dir()
             assert (kept / "model" / "merged" / "config.json").is_file()
     distributed.barrier()
+
+
+def test_a_checkpoint_that_was_not_saved_under_fsdp2_is_refused(
+    weights_after: Make, shared_folder: Path
+) -> None:
+    file = shared_folder / "checkpoints" / "of one" / "step=7.ckpt"
+    with pytest.raises(ValueError, match=r"step=7\.ckpt was not saved under FSDP2: go on with"):
+        weights_after(WORLD_SIZE, shared_folder / "checkpoints" / "of two", file)
+
+
+def test_a_run_with_other_self_knowledge_is_not_gone_on_with(
+    make_run: Make, shared_folder: Path
+) -> None:
+    saver = ModelCheckpoint(
+        dirpath=shared_folder / "other", every_n_train_steps=1, filename="{step}"
+    )
+    trainer, module, data, _ = make_run("probe", WORLD_SIZE, [saver], max_steps=1)
+    trainer.fit(module, data)
+    trainer, module, data, _ = make_run("probe", WORLD_SIZE, max_steps=2)
+    data.max_new_tokens = 2
+    with pytest.raises(ValueError, match="the self-knowledge is not that of the checkpoint"):
+        trainer.fit(module, data, ckpt_path=shared_folder / "other" / "step=1.ckpt")
+
+
+def test_bf16_mixed_is_near_float32(make_run: Make) -> None:
+    fits = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer, module, data, callback = make_run("probe", WORLD_SIZE, precision=precision)
+        trainer.fit(module, data)
+        weights = {name: whole(tensor) for name, tensor in copy_weights(module.model).items()}
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+        fits.append((callback.load_tensors()[0], weights, module.unlearning_steps))
+    (fisher, weights, steps), (near_fisher, near_weights, near_steps) = fits
+    assert steps == near_steps > 0
+    for name, tensor in fisher.items():
+        assert (near_fisher[name] - tensor).norm() < 0.1 * tensor.norm(), name
+        assert not torch.equal(near_fisher[name], tensor)
+        # At most the sign of a step is another: 21 of 5e-4, and those of unlearning.
+        assert (near_weights[name] - weights[name]).norm() < 0.1 * weights[name].norm(), name

@@ -12,7 +12,14 @@ Make = Callable[..., Any]
 
 
 def test_two_processes_equal_one(
-    results_of: Make, runs: list[str], launch: Make, tmp_path: Path
+    results_of: Make,
+    write_files: Make,
+    weights_after: Make,
+    runs: list[str],
+    launch: Make,
+    tmp_path: Path,
 ) -> None:
     torch.save({name: results_of(name, 1) for name in runs}, tmp_path / "one_process.pt")
+    write_files(1, tmp_path / "one")
+    torch.save(weights_after(1, tmp_path / "checkpoints" / "of one"), tmp_path / "weights.pt")
     launch("ddp", "suite.py", "suite_edges.py")

@@ -14,12 +14,15 @@ RUNS = (
     "online, true Fisher, npo",
     "one text to forget",
     "fewer texts than ranks",
+    "guarded, nothing to push on one rank",
     "replay, generated",
 )
 
 
 def test_two_processes_with_half_of_the_weights_each_equal_one(
-    results_of: Make, launch: Make, tmp_path: Path
+    results_of: Make, write_files: Make, weights_after: Make, launch: Make, tmp_path: Path
 ) -> None:
     torch.save({name: results_of(name, 1) for name in RUNS}, tmp_path / "one_process.pt")
+    write_files(1, tmp_path / "one")
+    weights_after(1, tmp_path / "checkpoints" / "of one")
     launch("fsdp2", "suite.py", "suite_shards.py", "suite_fsdp2.py")
