@@ -60,7 +60,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             FileNotFoundError: If there is no such file.
             DamagedFileError: If the file is damaged or holds anything else; names the file.
-            ValueError: If ``weights_only`` is False.
+            ValueError: If ``weights_only`` is False, or the checkpoint is a folder: FSDP2 saved
+                it in shards, and reads it without this class.
         """
         if weights_only is False:
             raise ValueError(
@@ -69,6 +70,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
             )
         if not _is_local_file_protocol(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a folder, as FSDP2 saves in shards: go on with the trainer.strategy it "
+                "was made with, or make a model of it (python cli.py export) and take that"
+            )
         if Path(path).is_file():
             check_whole(path)
         try:

@@ -120,7 +120,7 @@ def launch(tmp_path: Path) -> Callable[..., None]:
             env=kept | {FOLDER: str(tmp_path), STRATEGY: strategy},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-3000:]
 

@@ -21,5 +21,9 @@ def test_two_processes_equal_one(
 ) -> None:
     torch.save({name: results_of(name, 1) for name in runs}, tmp_path / "one_process.pt")
     write_files(1, tmp_path / "one")
-    torch.save(weights_after(1, tmp_path / "checkpoints" / "of one"), tmp_path / "weights.pt")
+    kept = tmp_path / "checkpoints"
+    weights = weights_after(1, kept / "of one")
+    torch.save(weights, tmp_path / "weights.pt")
     launch("ddp", "suite.py", "suite_edges.py")
+    found = weights_after(1, kept / "of one again", kept / "of two" / "step=14.ckpt")
+    torch.testing.assert_close(found, weights[14:], rtol=1e-12, atol=1e-12)

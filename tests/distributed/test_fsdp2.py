@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 Make = Callable[..., Any]
@@ -26,3 +27,8 @@ def test_two_processes_with_half_of_the_weights_each_equal_one(
     write_files(1, tmp_path / "one")
     weights_after(1, tmp_path / "checkpoints" / "of one")
     launch("fsdp2", "suite.py", "suite_shards.py", "suite_fsdp2.py")
+    in_shards, in_one_file = tmp_path / "True-False", tmp_path / "False-True"
+    with pytest.raises(ValueError, match=r"step=2\.ckpt is a folder, as FSDP2 saves in shards"):
+        weights_after(1, tmp_path / "of one", in_shards / "step=2.ckpt")
+    with pytest.raises(ValueError, match=r"step=2\.ckpt was saved under FSDP2: go on with"):
+        weights_after(1, tmp_path / "of one", in_one_file / "step=2.ckpt")

@@ -86,6 +86,11 @@ def test_a_flipped_weight_of_lightnings_own_checkpoint_is_seen(
         WholeCheckpointIO().load_checkpoint(path)
 
 
+def test_the_shards_of_several_processes_are_not_for_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a folder, as FSDP2 saves in shards: go on with"):
+        WholeCheckpointIO().load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("way", ["torch", "pickle"])
 def test_a_malicious_checkpoint_runs_nothing(way: str, tmp_path: Path) -> None:
     path, trace = tmp_path / "evil.ckpt", tmp_path / "trace"
