@@ -149,6 +149,7 @@ def test_the_table_for_the_document_is_made_of_the_file(with_benchmarks, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_the_quick_version_of_every_benchmark_runs():
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1"]
