@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
 from lwf_lightning.data.batch import EncodedText
+from lwf_lightning.forgetting.weights import copy_weights
+from lwf_lightning.shards import whole
 from lwf_lightning.tasks import TaskFields
 from lwf_lightning.trainer import LWFTrainer
 
@@ -53,6 +56,24 @@ def tiny_llama(*, tied: bool = False, seed: int = 0, layers: int = 2) -> LlamaFo
         eos_token_id=2,
     )
     return LlamaForCausalLM(config).train()
+
+
+class Recorder(L.Callback):
+    """Keeps the weights after each learning step, and the number of the step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.global_steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        weights = copy_weights(pl_module.model)
+        self.weights.append({name: whole(tensor) for name, tensor in weights.items()})
+        self.global_steps.append(trainer.global_step)
+
+
+@pytest.fixture
+def make_recorder() -> Callable[[], Recorder]:
+    return Recorder
 
 
 @pytest.fixture
@@ -113,6 +134,55 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 lines.append(json.dumps(row) + "\n")
             path.write_text("".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_config(model_folder: Path, data_folder: Path) -> Callable[..., dict[str, Any]]:
+    """What a configuration file holds: the tiny model, the two tasks, and more for each part."""
+
+    def make(
+        *,
+        trainer: dict[str, Any] | None = None,
+        callbacks: dict[str, dict[str, Any]] | None = None,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        named = {"FisherCallback": {"probe_steps": 2}} | (callbacks or {})
+        return {
+            "trainer": {
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "callbacks": [
+                    {"class_path": f"lwf_lightning.callbacks.{name}", "init_args": options}
+                    for name, options in named.items()
+                ],
+                **(trainer or {}),
+            },
+            "model": {
+                "class_path": "lwf_lightning.LWFModule",
+                "init_args": {"model_name": str(model_folder), **(model or {})},
+            },
+            "data": {
+                "class_path": "lwf_lightning.LWFDataModule",
+                "init_args": {
+                    "data_dir": str(data_folder),
+                    "learning_task": "learn",
+                    "forgetting_tasks": ["forget"],
+                    "custom_tasks": {
+                        "learn": {"choices": "choices", "label": "label"},
+                        "forget": {},
+                    },
+                    "batch_size": 4,
+                    "max_new_tokens": 4,
+                    **(data or {}),
+                },
+            },
+        }
+
+    return make
 
 
 @pytest.fixture

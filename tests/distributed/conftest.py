@@ -17,8 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lwf_lightning import AscentGuard, ExportCallback
-from lwf_lightning.forgetting.weights import copy_weights
-from lwf_lightning.shards import whole
 
 Make = Callable[..., Any]
 GLOBAL_BATCH, GLOBAL_FORGET_BATCH = 4, 4
@@ -79,17 +77,6 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"evaluation": "generate"},
     },
 }
-
-
-class Recorder(L.Callback):
-    """Keeps the weights after each learning step."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        weights = copy_weights(pl_module.model)
-        self.weights.append({name: whole(tensor) for name, tensor in weights.items()})
 
 
 def strategy(ranks: int) -> Strategy:
@@ -171,11 +158,11 @@ def make_run(
 
 
 @pytest.fixture
-def results_of(make_run: Make) -> Callable[..., dict[str, Any]]:
+def results_of(make_run: Make, make_recorder: Make) -> Callable[..., dict[str, Any]]:
     """Makes one of ``RUNS`` and returns all that has to be equal."""
 
     def run(name: str, ranks: int, callbacks: Any = ()) -> dict[str, Any]:
-        recorder = Recorder()
+        recorder = make_recorder()
         trainer, module, data, callback = make_run(name, ranks, [recorder, *callbacks])
         trainer.fit(module, data)
         fisher, anchor = callback.load_tensors()
@@ -212,14 +199,16 @@ def write_files(make_run: Make) -> Callable[[int, Path], None]:
 
 
 @pytest.fixture
-def weights_after(make_run: Make) -> Callable[..., list[dict[str, torch.Tensor]]]:
+def weights_after(
+    make_run: Make, make_recorder: Make
+) -> Callable[..., list[dict[str, torch.Tensor]]]:
     """Makes a run that saves every 7 steps, perhaps from a checkpoint on; its weights."""
 
     def run(ranks: int, folder: Path, ckpt_path: Path | None = None) -> Any:
         saver = ModelCheckpoint(
             dirpath=folder, every_n_train_steps=7, save_top_k=-1, filename="{step}"
         )
-        recorder = Recorder()
+        recorder = make_recorder()
         trainer, module, data, _ = make_run("a ceiling for some", ranks, [recorder, saver])
         trainer.fit(module, data, ckpt_path=ckpt_path)
         return recorder.weights

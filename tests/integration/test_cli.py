@@ -22,42 +22,21 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def config(tmp_path: Path, model_folder: Path, data_folder: Path) -> dict[str, Any]:
-    return {
-        "trainer": {
+def config(tmp_path: Path, make_config: Callable[..., Any]) -> dict[str, Any]:
+    options: dict[str, Any] = make_config(
+        trainer={
             "max_steps": 4,
-            "accelerator": "cpu",
             "default_root_dir": str(tmp_path / "runs"),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
             "val_check_interval": 2,
-            "callbacks": [
-                {
-                    "class_path": "lwf_lightning.FisherCallback",
-                    "init_args": {"probe_steps": 2, "fisher_texts": 5},
-                },
-                {"class_path": "lwf_lightning.callbacks.ValidateFirst"},
-            ],
         },
-        "model": {
-            "class_path": "lwf_lightning.LWFModule",
-            "init_args": {"model_name": str(model_folder), "unlearning_interval": 2},
+        callbacks={
+            "FisherCallback": {"probe_steps": 2, "fisher_texts": 5},
+            "ValidateFirst": {},
         },
-        "data": {
-            "class_path": "lwf_lightning.LWFDataModule",
-            "init_args": {
-                "data_dir": str(data_folder),
-                "learning_task": "learn",
-                "forgetting_tasks": ["forget"],
-                "custom_tasks": {"learn": {"choices": "choices", "label": "label"}, "forget": {}},
-                "batch_size": 4,
-                "max_new_tokens": 4,
-                "cache_dir": str(tmp_path / "cache"),
-            },
-        },
-    }
+        model={"unlearning_interval": 2},
+        data={"cache_dir": str(tmp_path / "cache")},
+    )
+    return options
 
 
 @pytest.fixture

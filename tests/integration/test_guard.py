@@ -14,7 +14,6 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lwf_lightning import AscentGuard
 from lwf_lightning.data.batch import collate
-from lwf_lightning.forgetting.weights import copy_weights
 from lwf_lightning.losses import per_text_loss
 
 Make = Callable[..., Any]
@@ -24,24 +23,16 @@ def absurd(**options: Any) -> dict[str, Any]:
     return {"unlearning_scale": 1000.0, "unlearning_ceiling": 1e9} | options
 
 
-class Recorder(L.Callback):
-    """Keeps the weights after each learning step."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, torch.Tensor]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self.weights.append(copy_weights(pl_module.model))
-
-
 @pytest.fixture
-def fit(make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make) -> Make:
+def fit(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, make_recorder: Make
+) -> Make:
     """Runs 16 learning steps; returns the trainer, the module and the recorder."""
 
     def run(
         guard: AscentGuard | None, module: dict[str, Any], **options: Any
-    ) -> tuple[Any, Any, Recorder]:
-        model, recorder = make_module(**module), Recorder()
+    ) -> tuple[Any, Any, Any]:
+        model, recorder = make_module(**module), make_recorder()
         callbacks = [make_callback(save_tensors=False), recorder, *([guard] if guard else [])]
         defaults = {"max_steps": 16, "limit_val_batches": 1.0, "check_val_every_n_epoch": 1}
         ckpt_path = options.pop("ckpt_path", None)

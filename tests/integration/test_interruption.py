@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ assert _spec.loader is not None
 killable = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(killable)
 
+Make = Callable[..., Any]
 FIT = ["fit", "--config", "../config.yaml"]
 RESUME = [*FIT, "--ckpt_path", "last"]
 
@@ -34,57 +35,30 @@ def runner() -> Iterator[Any]:
         yield runner
 
 
-def configuration(model_folder: Path, data_folder: Path, **model: Any) -> dict[str, Any]:
+def configuration(make_config: Make, **model: Any) -> dict[str, Any]:
     fisher = {"anchor": "online", "refresh_interval": 3, "fisher_texts": 5, "batch_size": 4}
     lora = {
         "class_path": "peft.LoraConfig",
         "init_args": {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.4},
     }
-    return {
-        "trainer": {
+    config: dict[str, Any] = make_config(
+        trainer={
             "max_steps": 9,  # of 6 to an epoch
-            "accelerator": "cpu",
             "default_root_dir": "runs",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
             "log_every_n_steps": 2,
-            "num_sanity_val_steps": 0,
             "val_check_interval": 4,
             "check_val_every_n_epoch": None,
-            "callbacks": [
-                {"class_path": "lwf_lightning.FisherCallback", "init_args": fisher},
-                {"class_path": "lwf_lightning.callbacks.ValidateFirst"},
-                {"class_path": "lwf_lightning.ExportCallback"},
-                {
-                    "class_path": "lwf_lightning.callbacks.StepCheckpoint",
-                    "init_args": {"every_n_steps": 2},
-                },
-            ],
         },
-        "model": {
-            "class_path": "lwf_lightning.LWFModule",
-            "init_args": {
-                "model_name": str(model_folder),
-                "learning_rate": 1e-2,
-                "unlearning_interval": 2,
-                "lora": lora,
-                **model,
-            },
+        callbacks={
+            "FisherCallback": fisher,
+            "ValidateFirst": {},
+            "ExportCallback": {},
+            "StepCheckpoint": {"every_n_steps": 2},
         },
-        "data": {
-            "class_path": "lwf_lightning.LWFDataModule",
-            "init_args": {
-                "data_dir": str(data_folder),
-                "learning_task": "learn",
-                "forgetting_tasks": ["forget"],
-                "custom_tasks": {"learn": {"choices": "choices", "label": "label"}, "forget": {}},
-                "batch_size": 4,
-                "forget_batch_size": 3,
-                "max_new_tokens": 4,
-                "cache_dir": "cache",
-            },
-        },
-    }
+        model={"learning_rate": 1e-2, "unlearning_interval": 2, "lora": lora, **model},
+        data={"forget_batch_size": 3, "cache_dir": "cache"},
+    )
+    return config
 
 
 class Whole:
@@ -165,10 +139,8 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    runner: Any, model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Whole:
-    config = configuration(model_folder, data_folder)
+def whole(runner: Any, make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    config = configuration(make_config)
     return Whole(tmp_path_factory.mktemp("runs"), runner, config)
 
 
@@ -243,9 +215,9 @@ PHASES = {  # a call within each, the second or later where there are several
 @pytest.mark.slow
 @pytest.mark.parametrize("anchor", ["probe", "online"])
 def test_killed_in_each_phase_it_ends_the_same(
-    anchor: str, runner: Any, model_folder: Path, data_folder: Path, tmp_path: Path
+    anchor: str, runner: Any, make_config: Make, tmp_path: Path
 ) -> None:
-    config = configuration(model_folder, data_folder, tokens_per_pass=24)
+    config = configuration(make_config, tokens_per_pass=24)
     if anchor == "probe":
         options = {"anchor": "probe", "probe_steps": 3, "fisher_texts": 5, "batch_size": 4}
         config["trainer"]["callbacks"][0]["init_args"] = options
@@ -280,9 +252,9 @@ def test_killed_after_any_time_it_ends_the_same(whole: Whole) -> None:
 
 @pytest.mark.slow
 def test_a_guarded_run_that_is_killed_ends_the_same(
-    runner: Any, model_folder: Path, data_folder: Path, tmp_path: Path
+    runner: Any, make_config: Make, tmp_path: Path
 ) -> None:
-    config = configuration(model_folder, data_folder, unlearning_scale=30.0, unlearning_interval=1)
+    config = configuration(make_config, unlearning_scale=30.0, unlearning_interval=1)
     guard = {"class_path": "lwf_lightning.callbacks.AscentGuard"}
     config["trainer"]["callbacks"].insert(1, guard)
     whole = Whole(tmp_path, runner, config)
@@ -311,9 +283,9 @@ main(sys.argv[2:])
 
 @pytest.mark.slow
 def test_a_sigterm_to_one_of_two_processes_stops_both_after_the_step(
-    model_folder: Path, data_folder: Path, tmp_path: Path
+    make_config: Make, tmp_path: Path
 ) -> None:
-    config = configuration(model_folder, data_folder)
+    config = configuration(make_config)
     config["trainer"] |= {"strategy": "ddp", "devices": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "script.py").write_text(TOLD_ALONE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,38 +15,14 @@ from lwf_lightning.study.questions.__main__ import QUESTIONS, main
 
 
 @pytest.fixture
-def config(tmp_path: Path, model_folder: Path, data_folder: Path) -> Path:
-    callback = {"probe_steps": 2, "probe_batch_size": 4, "batch_size": 8, "save_tensors": False}
-    written = {
-        "trainer": {
-            "max_steps": 3,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "callbacks": [
-                {"class_path": "lwf_lightning.FisherCallback", "init_args": callback},
-                {"class_path": "lwf_lightning.callbacks.ValidateFirst"},
-            ],
-        },
-        "model": {
-            "class_path": "lwf_lightning.LWFModule",
-            "init_args": {"model_name": str(model_folder), "unlearning_interval": 1},
-        },
-        "data": {
-            "class_path": "lwf_lightning.LWFDataModule",
-            "init_args": {
-                "data_dir": str(data_folder),
-                "learning_task": "learn",
-                "forgetting_tasks": ["forget"],
-                "custom_tasks": {"learn": {"choices": "choices", "label": "label"}, "forget": {}},
-                "batch_size": 8,
-                "max_new_tokens": 3,
-                "cache_dir": str(tmp_path / "cache"),
-            },
-        },
-    }
+def config(tmp_path: Path, make_config: Callable[..., Any]) -> Path:
+    fisher = {"probe_steps": 2, "probe_batch_size": 4, "batch_size": 8, "save_tensors": False}
+    written = make_config(
+        trainer={"max_steps": 3},
+        callbacks={"FisherCallback": fisher, "ValidateFirst": {}},
+        model={"unlearning_interval": 1},
+        data={"batch_size": 8, "max_new_tokens": 3, "cache_dir": str(tmp_path / "cache")},
+    )
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(written))
     return file

@@ -23,16 +23,6 @@ Make = Callable[..., Any]
 STRENGTH = {"bss": 0.5, "l2sp": 3.0, "ewc": 2000.0}
 
 
-class Recorder(L.Callback):
-    """Keeps the weights after each learning step."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self.weights.append(copy_weights(pl_module.model))
-
-
 @pytest.fixture
 def regularized(make_module: Make) -> Make:
     def make(name: str, **options: Any) -> Any:
@@ -100,9 +90,14 @@ def plain_loop(
 
 @pytest.mark.parametrize("name", STRENGTH)
 def test_equals_the_penalty_differentiated_in_a_plain_loop(
-    name: str, regularized: Make, make_data: Make, make_trainer: Make, model_folder: Path
+    name: str,
+    regularized: Make,
+    make_data: Make,
+    make_trainer: Make,
+    model_folder: Path,
+    make_recorder: Make,
 ) -> None:
-    data, recorder = make_data(), Recorder()
+    data, recorder = make_data(), make_recorder()
     module = regularized(
         name,
         schedule="never",
@@ -127,8 +122,9 @@ def test_beside_unlearning_a_resumed_run_equals_an_uninterrupted_one(
     make_trainer: Make,
     make_callback: Make,
     tmp_path: Path,
+    make_recorder: Make,
 ) -> None:
-    whole, rest = Recorder(), Recorder()
+    whole, rest = make_recorder(), make_recorder()
     saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=4, save_top_k=-1)
     module = regularized(name)
     trainer = make_trainer(callbacks=[make_callback(), whole, saver])
@@ -143,7 +139,7 @@ def test_beside_unlearning_a_resumed_run_equals_an_uninterrupted_one(
 
 
 def test_an_adapter_is_pulled_to_where_it_started_also_when_resumed(
-    regularized: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+    regularized: Make, make_data: Make, make_trainer: Make, tmp_path: Path, make_recorder: Make
 ) -> None:
     from peft import LoraConfig
 
@@ -152,7 +148,7 @@ def test_an_adapter_is_pulled_to_where_it_started_also_when_resumed(
         return regularized("ewc", schedule="never", lora=lora)
 
     torch.manual_seed(1)
-    whole, rest, first = Recorder(), Recorder(), module()
+    whole, rest, first = make_recorder(), make_recorder(), module()
     saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=4, save_top_k=-1)
     trainer = make_trainer(callbacks=[whole, saver])
     trainer.fit(first, make_data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +17,19 @@ from lwf_lightning.study.workers import perform_once, results_file
 
 
 @pytest.fixture
-def study(tmp_path: Path, model_folder: Path, data_folder: Path) -> Study:
-    base = {
-        "trainer": {
+def study(tmp_path: Path, make_config: Callable[..., Any]) -> Study:
+    base = make_config(
+        trainer={
             "max_steps": 2,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
             "val_check_interval": 1,
             "check_val_every_n_epoch": None,
-            "log_every_n_steps": 1,
             "ascent_guard": False,
-            "callbacks": [
-                {
-                    "class_path": "lwf_lightning.FisherCallback",
-                    "init_args": {"probe_steps": 2, "save_tensors": False},
-                }
-            ],
         },
-        "model": {
-            "class_path": "lwf_lightning.LWFModule",
-            "init_args": {"model_name": str(model_folder), "unlearning_interval": 1},
-        },
-        "data": {
-            "class_path": "lwf_lightning.LWFDataModule",
-            "init_args": {
-                "data_dir": str(data_folder),
-                "learning_task": "learn",
-                "forgetting_tasks": ["forget"],
-                "custom_tasks": {
-                    "learn": {"choices": "choices", "label": "label"},
-                    "forget": {"answer": "answer"},
-                },
-                "batch_size": 4,
-                "evaluate_seen": True,
-                "max_new_tokens": 4,
-                "cache_dir": str(tmp_path / "cache"),
-            },
-        },
-    }
+        callbacks={"FisherCallback": {"probe_steps": 2, "save_tensors": False}},
+        model={"unlearning_interval": 1},
+        data={"evaluate_seen": True, "cache_dir": str(tmp_path / "cache")},
+    )
+    base["data"]["init_args"]["custom_tasks"]["forget"] = {"answer": "answer"}
     file = tmp_path / "base.yaml"
     file.write_text(yaml.safe_dump(base))
     return Study(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -19,16 +18,6 @@ from lwf_lightning.losses import labelled_tokens
 
 Make = Callable[..., Any]
 OPTIONS = {"share_kept": 0.6, "weight_start": 0.3, "weight_end": 0.1}
-
-
-class Recorder(L.Callback):
-    """Keeps the weights after each learning step."""
-
-    def __init__(self) -> None:
-        self.weights: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self.weights.append(copy_weights(pl_module.model))
 
 
 def losses_alone(model: Any, texts: list[EncodedText]) -> Tensor:
@@ -66,9 +55,9 @@ def module_of(make_module: Make, **options: Any) -> Any:
 
 
 def test_equals_a_plain_loop(
-    make_module: Make, make_data: Make, make_trainer: Make, model_folder: Path
+    make_module: Make, make_data: Make, make_trainer: Make, model_folder: Path, make_recorder: Make
 ) -> None:
-    data, recorder = make_data(), Recorder()
+    data, recorder = make_data(), make_recorder()
     module = module_of(
         make_module,
         schedule="never",
@@ -82,9 +71,14 @@ def test_equals_a_plain_loop(
 
 
 def test_beside_unlearning_and_bss_a_resumed_run_equals_an_uninterrupted_one(
-    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    make_recorder: Make,
 ) -> None:
-    whole, rest = Recorder(), Recorder()
+    whole, rest = make_recorder(), make_recorder()
     saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=4, save_top_k=-1)
     module = module_of(make_module, regularizer="bss")
     make_trainer(callbacks=[make_callback(), whole, saver]).fit(module, make_data())

@@ -6,13 +6,14 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from lwf_lightning.errors import DiskFullError
-from lwf_lightning.files import remove_leftovers, whole_file, whole_folder
+from lwf_lightning.files import cache_root, remove_leftovers, whole_file, whole_folder
 from lwf_lightning.forgetting.report import write_jsonl
 from lwf_lightning.forgetting.tensors import save_tensors
 
@@ -109,3 +110,41 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Pat
     (tmp_path / "below" / ".model.0123456789ab" / "half").mkdir(parents=True)
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.rglob("*")} == {".gitignore", "below"}
+
+
+def test_whole_file_replaces_at_once_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "note.txt"
+
+    def write(text: str, then: Callable[[], None]) -> None:
+        with whole_file(file) as temporary:
+            temporary.write_text(text)
+            then()
+
+    write("one", then=lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        write("half", then=lambda: 1 / 0)
+    assert file.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_whole_folder_loses_against_a_faster_process(tmp_path: Path) -> None:
+    def write(name: str, then: Callable[[], None]) -> None:
+        with whole_folder(tmp_path / "model") as temporary:
+            (temporary / name).touch()
+            then()
+
+    with pytest.raises(ValueError, match="exists already"):
+        write("mine", then=lambda: write("theirs", then=lambda: None))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["theirs"]
+
+
+def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LWF_CACHE", "/own")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/user")
+    assert cache_root() == Path("/own")
+    monkeypatch.delenv("LWF_CACHE")
+    assert cache_root() == Path("/user/lwf_lightning")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_root() == Path("/home/somebody/.cache/lwf_lightning")

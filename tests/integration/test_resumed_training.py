@@ -1,0 +1,98 @@
+"""A fit that goes on from a checkpoint, and one that starts anew with used objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("anchor", ["probe", "online"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    anchor: str,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    make_recorder: Make,
+) -> None:
+    interval = 3 if anchor == "online" else None
+
+    def callback() -> Any:
+        return make_callback(anchor=anchor, refresh_interval=interval)
+
+    whole = make_recorder()
+    saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=5, save_top_k=-1)
+    first = callback()
+    make_trainer(max_steps=10, callbacks=[first, whole, saver]).fit(make_module(), make_data())
+    file = str(next((tmp_path / "kept").glob("*step=5.ckpt")))
+    rest, second = make_recorder(), callback()
+    module = make_module()
+    trainer = make_trainer(max_steps=10, callbacks=[second, rest])
+    trainer.fit(module, make_data(), ckpt_path=file)
+    assert rest.global_steps == [6, 7, 8, 9, 10]
+    torch.testing.assert_close(rest.weights, whole.weights[5:], rtol=0, atol=0)
+    torch.testing.assert_close(second.scores.confidence, first.scores.confidence, rtol=0, atol=0)
+    assert second.forget_set == first.forget_set
+    assert second.refreshed_at == first.refreshed_at
+
+
+def test_a_resumed_adapter_keeps_its_start_and_its_dropout(
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    make_recorder: Make,
+) -> None:
+    def pieces() -> tuple[Any, Any, Any]:
+        lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.4)
+        callback = make_callback(anchor="online", refresh_interval=3)
+        return make_module(lora=lora), callback, make_recorder()
+
+    torch.manual_seed(1)
+    module, first, whole = pieces()
+    saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=5, save_top_k=-1)
+    make_trainer(max_steps=8, callbacks=[first, whole, saver]).fit(module, make_data())
+    torch.manual_seed(2)  # the adapter would start elsewhere
+    module, second, rest = pieces()
+    file = str(next((tmp_path / "kept").glob("*step=5.ckpt")))
+    make_trainer(max_steps=8, callbacks=[second, rest]).fit(module, make_data(), ckpt_path=file)
+    torch.testing.assert_close(rest.weights, whole.weights[5:], rtol=0, atol=0)
+    torch.testing.assert_close(second.scores.confidence, first.scores.confidence, rtol=0, atol=0)
+
+
+def test_a_second_fit_of_the_same_objects_starts_anew(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, make_recorder: Make
+) -> None:
+    data, callback = make_data(), make_callback(anchor="online", refresh_interval=3)
+    runs = []
+    for _ in range(2):
+        module, recorder = make_module(unlearning_interval=2), make_recorder()
+        make_trainer(callbacks=[callback, recorder]).fit(module, data)
+        assert callback.refreshed_at == 6
+        assert module.unlearning_steps == 2  # before steps 5 and 7, not before 3
+        runs.append(recorder.weights)
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="nothing chooses what to forget"):
+        make_trainer().fit(make_module(), data)
+
+
+def test_resuming_with_other_self_knowledge_is_refused(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
+) -> None:
+    trainer = make_trainer(max_steps=2, callbacks=[make_callback()])
+    trainer.fit(make_module(), make_data())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match="the self-knowledge is not that of the checkpoint"):
+        make_trainer(callbacks=[make_callback()]).fit(
+            make_module(), make_data(forgetting_prompts=5), ckpt_path=str(tmp_path / "two.ckpt")
+        )

@@ -1,0 +1,98 @@
+"""What a checkpoint keeps: training goes on with the next batch."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+
+
+def test_state_is_primitives_and_continues(make_data, tmp_path, make_knowledge):
+    first = make_data()
+    first.self_knowledge = make_knowledge(4)
+    first.set_forget_set([3, 1])
+    loader = first.train_dataloader()
+    next(iter(loader))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    texts = state["self_texts"]
+    assert len(texts) == 64
+    assert state == {
+        "loader": {"step": 1},
+        "forget_set": [3, 1],
+        "self_texts": texts,
+        "seed": 0,
+    }
+
+    second = make_data()
+    second.load_state_dict(state)
+    assert second.forget_set == [3, 1]
+    rest = [batch["input_ids"] for batch in loader]
+    torch.testing.assert_close([batch["input_ids"] for batch in second.train_dataloader()], rest)
+
+
+def test_state_before_training(make_data):
+    data = make_data()
+    data.load_state_dict(data.state_dict())
+    assert len(list(data.train_dataloader())) == 2
+
+
+def test_another_seed_than_the_checkpoint_warns(make_data):
+    state = make_data(seed=3).state_dict()
+    with pytest.warns(UserWarning, match=r"made with data\.init_args\.seed=3, now it is 0"):
+        make_data().load_state_dict(state)
+
+
+class Recorder(L.LightningModule):
+    """Learns next to nothing, and remembers which batches it has seen."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[int]] = []
+        self.evaluated: set[tuple[str, int]] = set()
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch["input_ids"].sum(1).tolist())
+        return self.weight * 1.0
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        assert isinstance(batch.labels, torch.Tensor)
+        self.evaluated.add((batch.task, dataloader_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train(data, module, folder, steps, checkpoint=None):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stopped_after", [1, 2, 3, 4])
+def test_stopped_and_resumed_training_sees_the_same_batches(
+    make_data, make_tokenizer, tmp_path, stopped_after
+):
+    whole = Recorder(make_tokenizer())
+    train(make_data(stage=None), whole, tmp_path, 7)
+    assert len(whole.seen) == 7
+    assert whole.evaluated == {("qasc", 0), ("psychol", 1), ("dental", 2)}
+
+    first, second = Recorder(make_tokenizer()), Recorder(make_tokenizer())
+    checkpoint = train(make_data(stage=None), first, tmp_path, stopped_after)
+    train(make_data(stage=None), second, tmp_path, 7, str(checkpoint))
+    assert first.seen + second.seen == whole.seen
