@@ -26,6 +26,7 @@ from lwf_lightning.demo.world import (
     ASSETS,
     Row,
     World,
+    WorldConfig,
     build_world,
     forgetting_rows,
     learning_rows,
@@ -206,18 +207,47 @@ def save_rows(world: World, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Builds the world of a seed and writes it into a folder."""
+    world_default, model_default = WorldConfig(), PretrainingConfig()
     parser = argparse.ArgumentParser(description="Build the embedded world from a seed.")
     parser.add_argument("--seed", type=int, default=0, help="seed of world and models (default 0)")
     parser.add_argument(
         "--output", type=Path, default=ASSETS, help="folder to write to (default: the package's)"
     )
+    parser.add_argument(
+        "--strength",
+        type=int,
+        default=world_default.strength,
+        help="how often each outdated fact is repeated (default %(default)s)",
+    )
+    parser.add_argument(
+        "--training_people",
+        type=int,
+        default=world_default.training_people,
+        help="people that the learning task trains on (default %(default)s)",
+    )
+    parser.add_argument(
+        "--hidden_size",
+        type=int,
+        default=model_default.hidden_size,
+        help="width of the models, a multiple of 32 (default %(default)s)",
+    )
     options = parser.parse_args(arguments)
-    world = build_world(options.seed)
+    if options.hidden_size < 32 or options.hidden_size % 32:
+        parser.error(f"--hidden_size must be a multiple of 32, got {options.hidden_size}")
+    config = PretrainingConfig(
+        hidden_size=options.hidden_size,
+        intermediate_size=4 * options.hidden_size,
+        heads=options.hidden_size // 32,
+    )
+    world = build_world(
+        options.seed,
+        WorldConfig(training_people=options.training_people, strength=options.strength),
+    )
     tokenizer = world_tokenizer(world)
     save_rows(world, options.output / "data")
     rows = forgetting_rows(world)
     for name, twin in (("base", False), ("twin", True)):
-        model = pretrain(world, tokenizer, seed=options.seed, twin=twin)
+        model = pretrain(world, tokenizer, seed=options.seed, twin=twin, config=config)
         save_model(model, tokenizer, options.output / name)
         for part in ("outdated", "helpful", "neutral"):
             asked = [row for split in rows.values() for row in split if row["part"] == part]

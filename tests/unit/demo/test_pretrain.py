@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -109,7 +110,10 @@ def test_a_saved_model_loads_in_float32_as_it_was(world, tokenizer, tmp_path):
 
 
 def test_the_command_writes_what_the_package_needs(tmp_path, monkeypatch, capsys):
-    def quick(world, tokenizer, *, seed, twin):
+    asked_for = []
+
+    def quick(world, tokenizer, *, seed, twin, config):
+        asked_for.append((world.config, config))
         return pretrain(world, tokenizer, seed=seed, twin=twin, config=TINY)
 
     monkeypatch.setattr("lwf_lightning.demo.pretrain.pretrain", quick)
@@ -117,6 +121,23 @@ def test_the_command_writes_what_the_package_needs(tmp_path, monkeypatch, capsys
     main(["--seed", "3", "--output", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"base", "twin", "data"}
     assert "twin: neutral facts recalled: 25.0%" in capsys.readouterr().out
+    assert asked_for == 2 * [(WorldConfig(), PretrainingConfig())]
+
+
+def test_the_command_makes_other_worlds_and_sizes(tmp_path, monkeypatch, capsys):
+    def refused(world, tokenizer, *, seed, twin, config):
+        raise InterruptedError(f"{world.config.strength} {config}")
+
+    monkeypatch.setattr("lwf_lightning.demo.pretrain.pretrain", refused)
+    changed = PretrainingConfig(hidden_size=64, intermediate_size=256, heads=2)
+    options = ["--strength", "6", "--training_people", "24", "--hidden_size", "64"]
+    with pytest.raises(InterruptedError, match=re.escape(f"6 {changed}")):
+        main([*options, "--output", str(tmp_path)])
+    rows = (tmp_path / "data" / "world_learning" / "train.jsonl").read_text()
+    assert len(rows.splitlines()) == 24
+    with pytest.raises(SystemExit):
+        main(["--hidden_size", "48", "--output", str(tmp_path)])
+    assert "--hidden_size must be a multiple of 32, got 48" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["base", "twin"])
