@@ -284,20 +284,34 @@ class LWFDataModule(EvaluationDataMixin):
             This rank's batch of at most ``forget_batch_size`` texts of the forget set, filled up
             to the size of the others'; None when nothing is selected.
         """
-        if not self.forget_set or self.self_knowledge is None:
+        return self._self_knowledge_batch(self.forget_set or [], unlearning_step)
+
+    def retain_batch(self, unlearning_step: int) -> Batch | None:
+        """The texts beside those of :meth:`forget_batch`, from what is not in the forget set."""
+        if self.self_knowledge is None:
+            return None
+        forgotten = set(self.forget_set or [])
+        kept = [n for n in range(len(self.self_knowledge.texts)) if n not in forgotten]
+        return self._self_knowledge_batch(kept, unlearning_step)
+
+    def _self_knowledge_batch(self, indices: list[int], unlearning_step: int) -> Batch | None:
+        if not indices or self.self_knowledge is None:
             return None
         ranks = ranks_of(self.trainer)
-        chosen = filled_indices(
-            len(self.forget_set),
+        places = filled_indices(
+            len(indices),
             self.forget_batch_size,
             self.seed + 1,  # another order than that of the learning texts
             unlearning_step,
             ranks.rank,
             ranks.world_size,
         )
-        texts = [self.self_knowledge.texts[index].encoded() for index in self.forget_set]
-        texts.append(filler(texts[0]))
-        return collate([texts[index] for index in chosen], self.pad_token_id)
+        texts = self.self_knowledge.texts
+        stand_in = filler(texts[indices[0]].encoded())
+        return collate(
+            [texts[indices[n]].encoded() if n < len(indices) else stand_in for n in places],
+            self.pad_token_id,
+        )
 
     @property
     def pad_token_id(self) -> int:

@@ -44,7 +44,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         )
     if not all(0 <= beta < 1 for beta in values["betas"]):
         raise ValueError(f"model.init_args.betas must lie in [0, 1), got {values['betas']}")
-    for name in ("weight_decay", "max_skipped_steps"):
+    for name in ("weight_decay", "max_skipped_steps", "unlearning_retain"):
         if not values[name] >= 0:
             raise ValueError(f"model.init_args.{name} must be at least 0, got {values[name]}")
     if not 0 <= values["warmup_ratio"] <= 1:

@@ -91,6 +91,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         unlearning_max_grad_norm: The unlearning gradient is clipped to this norm; above 0.
         unlearning_ceiling: A text whose mean negative log-likelihood (nats per token) has
             reached this is not pushed further.
+        unlearning_retain: Weight of the mean loss on as many texts of the self-knowledge that are
+            not to be forgotten, which an unlearning step minimizes beside its objective (gradient
+            difference, arXiv 2401.06121): what the two share stays. 0 takes the paper's step.
         without_scores: What to do if no FisherCallback chooses the forget set: ``refuse`` to
             start, or unlearn all (``use_all``) self-knowledge.
         max_skipped_steps: A step whose loss or gradient is NaN or infinite is skipped and
@@ -133,6 +136,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         unlearning_scale: float = 0.1,
         unlearning_max_grad_norm: float = 1.0,
         unlearning_ceiling: float = 5.0,
+        unlearning_retain: float = 0.0,
         without_scores: Literal["refuse", "use_all"] = "refuse",
         max_skipped_steps: int = 10,
         seed: int = 0,

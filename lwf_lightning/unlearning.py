@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.distributed import ranks_of
+from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import LabelledTokens, labelled_tokens
 from lwf_lightning.objectives import Objective
 from lwf_lightning.optimization import clip_gradients
+from lwf_lightning.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +90,11 @@ class UnlearningMixin(L.LightningModule):
         if int(figures["unlearn/texts_pushed"]) > 0:
             pushed = self._is_pushed(nll) & is_text
             loss = losses.where(pushed, 0.0).sum() / len(all_losses)
-            self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
+            kept = self._retained()
+            with gradient_sync(self.trainer, kept is None):
+                self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
+            if kept is not None:
+                figures["unlearn/retained_nll"] = self._retain(kept, ranks)
             limit = self.hparams["unlearning_max_grad_norm"]
             figures["unlearn/grad_norm"] = clip_gradients(self.model.parameters(), limit)
             if self._is_finite(figures["unlearn/grad_norm"], "unlearning"):
@@ -97,6 +102,22 @@ class UnlearningMixin(L.LightningModule):
                 self._ascend(rows, nll[pushed], figures["unlearn/grad_norm"])
             self._unlearning_optimizer.zero_grad()
         self._log_unlearning(figures)
+
+    def _retained(self) -> Batch | None:
+        if self.hparams["unlearning_retain"] == 0:
+            return None
+        step = self.unlearning_steps - 1  # this one is counted by now
+        return cast(Batch | None, self._data.retain_batch(step))
+
+    def _retain(self, batch: Batch, ranks: Ranks) -> Tensor:
+        """Adds the gradient of the loss on what is to stay; returns that loss."""
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        tokens = labelled_tokens(self.model, batch, allow_none=True)
+        is_text = tokens.tokens_per_text() > 0
+        texts = ranks.sum(is_text.sum())
+        loss = tokens.per_text(tokens.token_losses()).where(is_text, 0.0).sum() / texts
+        self.manual_backward(self.hparams["unlearning_retain"] * loss * ranks.world_size)
+        return ranks.sum(loss.detach())
 
     def _is_pushed(self, nll: Tensor) -> Tensor:
         """Per text, because a batch mean hides the one that has exploded."""

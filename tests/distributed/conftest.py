@@ -54,6 +54,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "module": {
             "unlearning_ceiling": 3.75,
             "unlearning_interval": 2,
+            "unlearning_retain": 0.5,
             "regularizer": "l2sp",
             "regularizer_options": {"strength": 1.0},
         },

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from lwf_lightning.data.batch import collate
@@ -120,6 +121,45 @@ def test_ascent_raises_the_loss_of_the_forget_set_and_replay_lowers_it(
     assert change("gradient_ascent") > 0.1
     assert change("npo") > 0.1
     assert change("replay") < -0.1
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_an_unlearning_step_follows_forget_and_retained_texts(
+    weight: float,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = make_module(
+        schedule="ahead",
+        ahead_steps=1,
+        unlearning_retain=weight,
+        unlearning_max_grad_norm=1e9,
+        unlearning_ceiling=1e9,
+    )
+    found: dict[str, Tensor] = {}
+
+    def record(*_: Any) -> None:
+        named = module.model.named_parameters()
+        found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    monkeypatch.setattr(module, "_ascend", record)
+    data = make_data()
+    trainer = make_trainer(max_steps=1, callbacks=[make_callback()])
+    trainer.fit(module, data)
+    with torch.no_grad():  # the learning step has moved them
+        for name, parameter in module.model.named_parameters():
+            parameter.copy_(module.base_weights[name])
+    loss = -per_text_loss(module.model, data.forget_batch(0)).mean()
+    retained = per_text_loss(module.model, data.retain_batch(0)).mean()
+    module.model.zero_grad()
+    (loss + weight * retained).backward()
+    expected = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    logged = column(trainer, "unlearn/retained_nll") if weight else {}
+    assert list(logged.values()) == ([pytest.approx(float(retained), rel=1e-4)] if weight else [])
 
 
 def test_the_ceiling_stops_the_ascent(

@@ -62,6 +62,19 @@ def test_forget_batches_are_a_pure_function_of_the_step(make_data, make_knowledg
     assert data.forget_batch(0) is None
 
 
+def test_retain_batches_are_the_other_texts(make_data, make_knowledge):
+    data = make_data(forget_batch_size=3)
+    assert data.retain_batch(0) is None
+    data.self_knowledge = make_knowledge(8)
+    data.set_forget_set([1, 6])
+    labels = [data.retain_batch(step)["labels"] for step in range(2)]
+    assert [len(rows) for rows in labels] == [3, 3]
+    answers = sorted(rows[rows >= 50].tolist() for rows in labels)
+    assert sorted(answers[0] + answers[1]) == [50, 52, 53, 54, 55, 57]
+    data.set_forget_set(range(8))
+    assert data.retain_batch(0) is None
+
+
 def test_forget_set_is_checked(make_data, make_knowledge):
     data = make_data()
     with pytest.raises(ValueError, match="elicit the self-knowledge before"):
