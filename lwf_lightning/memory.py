@@ -19,7 +19,8 @@ Parts: TypeAlias = dict[str, int]
 FLOAT = 4
 """Bytes of a float32: Fisher information, scores and the arithmetic inside norms and losses."""
 
-_ENGINE_BLOCK = {"cpu": 2**21, "cuda": 2**24}  # forgetting.gradient_sinks.BLOCK_ELEMENTS
+# forgetting.gradient_sinks.BLOCK_ELEMENTS, on a CPU for each of four threads
+_ENGINE_BLOCK = {"cpu": 4 * 2**19, "cuda": 2**24}
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,11 @@ def forgetting_confidence(
     reduce_gradients(
         model, batches, sink, text_loss=loss, description="Scoring", progress=progress, ranks=ranks
     )
-    alignment = _in_order(sink.alignment, batches, ranks).to(sink.device)
-    sensitivity = _in_order(sink.sensitivity, batches, ranks).to(sink.device)
+    alignment, sensitivity, squared_norm = (
+        _in_order([sums[row] for sums in sink.sums], batches, ranks).to(sink.device)
+        for row in range(3)
+    )
     if text_step == "unit":
-        squared_norm = _in_order(sink.squared_norm, batches, ranks).to(sink.device)
         # 0 / 0 of a text without a gradient is to be 0; what is not finite stays so
         squared_norm[squared_norm == 0] = 1
         alignment, sensitivity = alignment / squared_norm.sqrt(), sensitivity / squared_norm
@@ -212,78 +213,75 @@ class _InnerProducts:
             self.anchor[name] = sharded_like(anchor[name], base).to(base.device)
             tensors = (local(t) for t in (base, self.anchor[name], self.fisher[name]))
             # in parts that stay in cache
-            for part in zip(
-                *(torch.split(t.flatten(), PRODUCT_LENGTH) for t in tensors), strict=True
-            ):
+            for part in zip(*(torch.split(t.flatten(), 2**20) for t in tensors), strict=True):
                 difference = part[0].to(part[2]) - part[1].to(part[2])
-                constant += torch.dot(difference, difference * part[2]) / 2
+                constant += difference.square_().mul_(part[2]).sum() / 2
         self.constant = sum(ranks_of_shards(self.base.values()).gather(constant.item()))
-        self.alignment: list[Tensor] = []
-        self.sensitivity: list[Tensor] = []
-        self.squared_norm: list[Tensor] = []
+        self.sums: list[Tensor] = []  # per batch: the three products, shape (3, texts)
         self.with_norms = with_norms
 
     def begin(self, texts: int) -> None:
         """Adds a place for every text of the batch."""
-        zeros = torch.zeros(texts, device=self.device, dtype=self.dtype)
-        self.alignment.append(zeros)
-        self.sensitivity.append(zeros.clone())
-        self.squared_norm.append(zeros.clone())
+        self.sums.append(torch.zeros(3, texts, device=self.device, dtype=self.dtype))
 
     @contextmanager
     def parameter(self, name: str) -> Iterator[ParameterSink]:
         """Adds the parameter's share of the inner products."""
-        zeros = torch.zeros_like(self.alignment[-1], dtype=self.fisher[name].dtype)
-        alignment, sensitivity, norm = zeros, zeros.clone(), zeros.clone()
-        yield _ParameterProducts(
+        products = _ParameterProducts(
             as_matrix(whole(self.fisher[name])),
             as_matrix(whole(self.base[name])),
             as_matrix(whole(self.anchor[name])),
-            alignment,
-            sensitivity,
-            norm if self.with_norms else None,
+            texts=self.sums[-1].shape[1],
+            with_norms=self.with_norms,
         )
-        self.alignment[-1] += alignment
-        self.sensitivity[-1] += sensitivity
-        self.squared_norm[-1] += norm
+        yield products
+        for _, part in sorted(products.parts.items()):  # in one order, whoever was first
+            self.sums[-1] += part
 
 
-@dataclass(frozen=True)
 class _ParameterProducts:
-    """Adds up the inner products of every text over the rows of one parameter."""
+    """The inner products of every text over the rows of one parameter.
 
-    fisher: Tensor
-    base: Tensor
-    anchor: Tensor
-    alignment: Tensor
-    sensitivity: Tensor
-    squared_norm: Tensor | None
+    Attributes:
+        parts: First row of a block -> alignment, sensitivity and squared norm of each text there,
+            shape (3, texts).
+    """
+
+    def __init__(
+        self, fisher: Tensor, base: Tensor, anchor: Tensor, *, texts: int, with_norms: bool
+    ) -> None:
+        self.fisher = fisher
+        self.base = base
+        self.anchor = anchor
+        self.texts = texts
+        self.with_norms = with_norms
+        self.parts: dict[int, Tensor] = {}
 
     def take_block(self, rows: slice, gradients: Tensor) -> None:
         """Two matrix-vector products, the second with the squares."""
         fisher = self.fisher[rows]
         flat = gradients.flatten(1).to(fisher)
         weighted = (self.base[rows].to(fisher) - self.anchor[rows].to(fisher)).mul_(fisher)
-        _add_products(self.alignment, flat, weighted)
-        _add_products(self.sensitivity, flat.square_(), fisher)
-        if self.squared_norm is not None:
-            self.squared_norm.add_(flat.sum(dim=1))  # of the squares
+        sums = flat.new_zeros(3, len(flat))
+        _add_products(sums[0], flat, weighted)
+        _add_products(sums[1], flat.square_(), fisher)
+        if self.with_norms:
+            sums[2] = flat.sum(dim=1)  # of the squares
+        self.parts[rows.start] = sums
 
     def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
         """The same with the rows of each text."""
         gradients = gradients.to(self.fisher)
         difference = self.base[rows].to(self.fisher) - self.anchor[rows].to(self.fisher)
         alignment = (difference.mul_(self.fisher[rows]) * gradients).sum(dim=1)
-        self.alignment.index_add_(0, texts, alignment)
         sensitivity = (self.fisher[rows] * gradients.square_()).sum(dim=1)
-        self.sensitivity.index_add_(0, texts, sensitivity)
-        if self.squared_norm is not None:
-            self.squared_norm.index_add_(0, texts, gradients.sum(dim=1))  # of the squares
+        products = torch.stack([alignment, sensitivity, gradients.sum(dim=1)])  # of the squares
+        self.parts[0] = products.new_zeros(3, self.texts).index_add_(1, texts, products)
 
 
 def _add_products(sums: Tensor, vectors: Tensor, weights: Tensor) -> None:
     """Adds the inner product of each vector with the weights, in parts short enough to be exact."""
-    vector_parts = torch.split(vectors, PRODUCT_LENGTH, dim=1)
-    weight_parts = torch.split(weights.flatten(), PRODUCT_LENGTH)
-    for vector, weight in zip(vector_parts, weight_parts, strict=True):
-        sums.addmv_(vector, weight)
+    weights = weights.flatten()
+    for start in range(0, len(weights), PRODUCT_LENGTH):
+        part = slice(start, start + PRODUCT_LENGTH)
+        sums.addmv_(vectors[:, part], weights[part])

@@ -20,6 +20,13 @@ from transformers.pytorch_utils import Conv1D
 class Call(Protocol):
     """What one call of a module adds to the gradient of one parameter."""
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Does once what all blocks need; the blocks are then written by several threads.
+
+        Args:
+            dtype: The type of the blocks.
+        """
+
     def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """Writes the gradients of all texts into a block, or adds them to what the block holds.
 
@@ -43,9 +50,12 @@ class MatrixCall:
         self.left = left.flatten(1, -2)
         self.right = right.flatten(1, -2)
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """See :class:`Call`."""
+        self.right = self.right.to(dtype)
+
     def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """See :class:`Call`."""
-        self.right = self.right.to(block.dtype)  # once for all blocks
         left = self.left[:, :, start : start + block.shape[1]].to(block.dtype)
         block.baddbmm_(left.mT, self.right, beta=1 if add else 0)
 
@@ -65,8 +75,6 @@ class EmbeddingCall:
         if padding_idx is not None:
             padding = (self.token_ids == padding_idx).unsqueeze(-1)
             self.backprop = self.backprop.masked_fill(padding, 0)
-        self._touched: tuple[Tensor, Tensor, Tensor] | None = None
-        self._rows: list[int] = []
 
     @classmethod
     def joined(cls, calls: Sequence[EmbeddingCall]) -> EmbeddingCall:
@@ -87,14 +95,16 @@ class EmbeddingCall:
         gradients.index_add_(0, inverse.flatten(), backprop)
         return pairs // texts, pairs % texts, gradients
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """See :class:`Call`."""
+        self._prepared = self.touched(dtype)
+        self._rows = self._prepared[0].tolist()
+
     def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """See :class:`Call`."""
-        if self._touched is None:
-            self._touched = self.touched(block.dtype)
-            self._rows = self._touched[0].tolist()
         height = block.shape[1]
         here = slice(bisect_left(self._rows, start), bisect_left(self._rows, start + height))
-        rows, texts, gradients = (tensor[here] for tensor in self._touched)
+        rows, texts, gradients = (tensor[here] for tensor in self._prepared)
         if not add:
             block.zero_()
         block.flatten(0, 1).index_add_(0, texts * height + rows - start, gradients)
@@ -109,6 +119,9 @@ class DenseCall:
 
     def __init__(self, gradients: Tensor) -> None:
         self.gradients = gradients
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """See :class:`Call`: nothing is left to do."""
 
     def write(self, block: Tensor, start: int, *, add: bool) -> None:
         """See :class:`Call`."""

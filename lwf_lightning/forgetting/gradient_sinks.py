@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Elements of one block, all texts together: on a CPU it stays in the last cache and is large
-enough for every thread; on a GPU it fills the device."""
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
+"""Most elements of one block, all texts together: on a CPU, where each thread has its own block, it
+stays in cache and its operations outweigh starting them; on a GPU it fills the device."""
 
 
 class ParameterSink(Protocol):
     """Reduces the gradients of one parameter, for all texts of a batch.
 
     The parameter is seen as a matrix, see :func:`as_matrix`. The engine calls either
-    :meth:`take_block` for consecutive slices that together hold every row once, or
-    :meth:`take_touched` once. Gradients come in float32 (float64 for a float64 parameter) and may
-    be overwritten.
+    :meth:`take_block` for slices that together hold every row once, perhaps from several threads
+    at a time and in any order, or :meth:`take_touched` once. Gradients come in float32 (float64
+    for a float64 parameter) and may be overwritten.
     """
 
     def take_block(self, rows: slice, gradients: Tensor) -> None:
@@ -69,10 +69,21 @@ def matrix_shape(tensor: Tensor) -> tuple[int, int]:
     return rows, tensor.numel() // max(1, rows)
 
 
-def row_slices(parameter: Tensor, texts: int) -> Iterator[slice]:
-    """Cuts a parameter into runs of rows that hold about ``BLOCK_ELEMENTS`` over all texts."""
+def row_slices(parameter: Tensor, texts: int, workers: int = 1) -> list[slice]:
+    """Cuts a parameter into runs of rows that hold at most ``BLOCK_ELEMENTS`` over all texts.
+
+    One row is never cut, however long it is.
+
+    Args:
+        parameter: The parameter.
+        texts: How many texts a block holds.
+        workers: How many share the runs: each gets as many as any other, but fewer of them get any
+            where there is little to do.
+    """
     elements = BLOCK_ELEMENTS.get(parameter.device.type, BLOCK_ELEMENTS["cuda"])
     rows, columns = matrix_shape(parameter)
-    step = max(1, elements // max(1, texts * columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    most = max(1, elements // max(1, texts * columns))
+    workers = min(workers, math.ceil(4 * rows / most))
+    shares = math.ceil(rows / (workers * most))
+    step = max(1, math.ceil(rows / max(1, workers * shares)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -43,6 +43,7 @@ from lwf_lightning.forgetting.gradient_sinks import (
 from lwf_lightning.forgetting.modes import gradient_mode
 from lwf_lightning.forgetting.parameter_uses import OutsideUses, owners_of
 from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.forgetting.workers import Workers
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import highest, mesh_of, ranks_of_shards, reshard, rounds, settle
 
@@ -133,7 +134,8 @@ class _Capture:
                 self.generic.update(names.values())
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._ticket = torch.zeros((), device=_device(parameters), requires_grad=True)
-        self._blocks: dict[torch.dtype, Tensor] = {}
+        self._blocks: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._workers = Workers(self._ticket.device)
         self._running: list[nn.Module] = []
         self._uses_watched = False
         self._in_forward = False
@@ -158,6 +160,7 @@ class _Capture:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
+        self._workers.close()
         for hook in self._hooks:
             hook.remove()
         reshard(self.model)
@@ -336,19 +339,24 @@ class _Capture:
                 lookup = EmbeddingCall.joined(lookups) if len(lookups) > 1 else lookups[0]
                 sink.take_touched(*lookup.touched(dtype))
                 return
-            for rows in row_slices(parameter, self._rows):
-                block = self._block((self._rows, rows.stop - rows.start, columns), dtype)
+            for call in calls:
+                call.prepare(dtype)
+
+            def reduce(worker: int, rows: slice) -> None:
+                block = self._block(worker, (self._rows, rows.stop - rows.start, columns), dtype)
                 for number, call in enumerate(calls):
                     call.write(block, rows.start, add=number > 0)
                 sink.take_block(rows, block)
 
-    def _block(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        """Memory for a block, the same at every use."""
+            self._workers.run(reduce, row_slices(parameter, self._rows, self._workers.count))
+
+    def _block(self, worker: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        """A worker's memory for a block, the same at every use."""
         elements = math.prod(shape)
-        held = self._blocks.get(dtype)
+        held = self._blocks.get((worker, dtype))
         if held is None or held.numel() < elements:
             held = torch.empty(elements, dtype=dtype, device=self._ticket.device)
-            self._blocks[dtype] = held
+            self._blocks[worker, dtype] = held
         return held[:elements].view(shape)
 
 

@@ -63,12 +63,15 @@ def test_blocks_of_any_size_give_the_same(
     oracle.assert_near(in_blocks, {key: value.double() for key, value in whole.items()})
 
 
-@pytest.mark.parametrize("elements", [1, 13, 6 * 3 * 2, 10**6])
-def test_row_slices_cover_every_row_once(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 3, 16])
+@pytest.mark.parametrize("elements", [1, 13, 14, 6 * 3 * 2, 100, 10**6])
+def test_row_slices_cover_every_row_once(
+    elements: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(gradient_sinks.BLOCK_ELEMENTS, "cpu", elements)
     matrix = torch.arange(21.0).view(7, 3)
 
-    slices = list(gradient_sinks.row_slices(matrix, texts=2))
+    slices = gradient_sinks.row_slices(matrix, texts=2, workers=workers)
 
     torch.testing.assert_close(torch.cat([matrix[rows] for rows in slices]), matrix)
     assert all((rows.stop - rows.start) * 3 * 2 <= max(elements, 3 * 2) for rows in slices)
