@@ -41,6 +41,10 @@ from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.tasks import get_task, load_rows
 
 TEXTS = 8  # of a batch
+TOKENS = (
+    4096  # of a run: what a result costs once, as its own memory, is then small beside the texts
+)
+QASC_BATCHES = 8
 NO_OPACUS = "opacus is not installed; it comes with the extra `bench`"
 AT_MOST, AT_LEAST = "at most", "at least"
 Better = Literal["at most", "at least"]
@@ -72,17 +76,17 @@ def results(
     quick: bool = False,
     tokens: Sequence[int] = tuple(TIME_BARS),
     rounds: int = 5,
-    batches: int = 4,
 ) -> Iterator[Result | Skipped]:
     """Every comparison; ``quick`` runs them once on a tiny model."""
     if quick:
-        rounds, batches = 1, 1
+        rounds = 1
     for length in tokens:
         model = make_model(tiny=quick)
+        batches = 1 if quick else TOKENS // (TEXTS * length)
         texts = [make_batch(TEXTS, length) for _ in range(batches)]
         yield from _times(make_ways(model, texts), TIME_BARS[length], f"{length} tokens", rounds)
     if not quick:
-        yield from _smollm2(rounds, batches)
+        yield from _smollm2(rounds)
     yield from _memory(tiny=quick)
 
 
@@ -114,10 +118,10 @@ def _times(
         )
 
 
-def _smollm2(rounds: int, batches: int) -> Iterator[Result | Skipped]:
+def _smollm2(rounds: int) -> Iterator[Result | Skipped]:
     name = f"{SCORING}, SmolLM2-135M, qasc"
     try:
-        texts, model = qasc_batches(batches), load_model("smollm2-135m").eval()
+        texts, model = qasc_batches(QASC_BATCHES), load_model("smollm2-135m").eval()
     except (DataError, ValueError) as error:
         yield Skipped(name, PLAIN, str(error))
         return
@@ -125,8 +129,8 @@ def _smollm2(rounds: int, batches: int) -> Iterator[Result | Skipped]:
         (SCORING, PLAIN, 1.25, AT_MOST),
         (FISHER, PLAIN, 1.20, AT_MOST),
     ]
-    lengths = " + ".join(str(batch["labels"].shape[1]) for batch in texts)
-    size = f"SmolLM2-135M, qasc ({lengths} tokens)"
+    tokens = sum(batch["labels"].shape[1] for batch in texts) / len(texts)
+    size = f"SmolLM2-135M, qasc ({tokens:.0f} tokens)"
     yield from _times(make_ways(model, texts), bars, size, max(3, rounds - 2))
 
 
@@ -201,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", choices=TIME_BARS, default=[*TIME_BARS])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=4, help="batches in one run")
+    parser.add_argument("--batches", type=int, default=1, help="of --peak-of")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peak-of", metavar="WAY", help="print the extra memory of one way")
     options = parser.parse_args()
@@ -209,7 +213,7 @@ def main() -> None:
     if options.peak_of:
         print(_peak(options.peak_of, options.batches))
         return
-    found = results(tokens=options.tokens, rounds=options.rounds, batches=options.batches)
+    found = results(tokens=options.tokens, rounds=options.rounds)
     for line in (result.as_json() for result in found):
         print(_as_text(line), flush=True)
 

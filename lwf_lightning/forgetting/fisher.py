@@ -147,7 +147,7 @@ class _ParameterSquares:
 
     def take_block(self, rows: slice, gradients: Tensor) -> None:
         """Adds the squares of all texts at once: few operations, each large enough to be shared."""
-        self.sums[rows] += gradients.square_().sum(dim=0)
+        self.sums[rows].add_(gradients.square_().sum(dim=0))  # `+=` would copy it once more
 
     def take_touched(self, rows: Tensor, texts: Tensor, gradients: Tensor) -> None:
         """Adds to the touched rows; a row that several texts touched comes several times."""
