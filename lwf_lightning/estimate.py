@@ -6,8 +6,9 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,9 +20,10 @@ from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.data.passes import pass_cost
 from lwf_lightning.data.sampler import batch_indices
 from lwf_lightning.memory import Phase, phases
-from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts, passes_of
+from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts, passes_of, rows_of
 from lwf_lightning.metrics.shared_prompts import can_share_prompts, share_prompts
 from lwf_lightning.models import load_config
+from lwf_lightning.packing import can_attend_text_by_text
 
 if TYPE_CHECKING:
     import lightning as L
@@ -164,13 +166,16 @@ def _plan(
     texts = [_tokens_and_labels(text) for text in data.learning_encoded]
     device = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"
     cost = pass_cost(device, _count(model.parameters()))
+    passes = passes_of
+    if module.hparams["attention"] in (None, "sdpa"):  # the model here has that, whatever is set
+        passes = partial(_training_passes, model, device)
     world = trainer.world_size if ranks is None else ranks
     steps = min(_BATCHES_LOOKED_AT, trainer.max_steps if trainer.max_steps > 0 else math.inf)
-    learning_cost = 0 if module.takes_one_pass else cost
-    learning = [
-        passes_of([texts[i] for i in chosen], learning_cost, module.hparams["tokens_per_pass"])
-        for chosen in _batches(len(texts), data.batch_size, data.seed, int(steps))
-    ]
+    batches = _batches(texts, data.batch_size, data.seed, int(steps))
+    if module.takes_one_pass:
+        learning = [passes_of(batch, 0) for batch in batches]
+    else:
+        learning = [passes(batch, cost, module.hparams["tokens_per_pass"]) for batch in batches]
     options: dict[str, Any] = {
         "learning": _distinct(learning),
         "accumulates": any(len(passes) > 1 for passes in learning),
@@ -183,12 +188,16 @@ def _plan(
     }
     options |= _evaluation(data, model, cost)
     if module.schedule.unlearns:
-        options |= _forgetting(trainer, data, texts, cost)
+        options |= _forgetting(trainer, data, texts, cost, passes)
     return Plan(**options)
 
 
 def _forgetting(
-    trainer: L.Trainer, data: LWFDataModule, texts: Sequence[tuple[int, int]], cost: int
+    trainer: L.Trainer,
+    data: LWFDataModule,
+    texts: Sequence[tuple[int, int]],
+    cost: int,
+    passes: Callable[[Sequence[tuple[int, int]], int], list[Pass]],
 ) -> dict[str, Any]:
     """What unlearning and its scores add to the plan."""
     encoded = (
@@ -201,7 +210,7 @@ def _forgetting(
     known = [(tokens + data.max_new_tokens, data.max_new_tokens) for tokens in prompts]
     found: dict[str, Any] = {
         "unlearns": True,
-        "unlearning": passes_of(known[: data.forget_batch_size], 0),
+        "unlearning": passes(known[: data.forget_batch_size], 0),
         "elicitation": Prompts(
             min(data.elicit_batch_size, len(prompts)), prompts[0], data.max_new_tokens
         ),
@@ -210,10 +219,10 @@ def _forgetting(
     for callback in callbacks:
         if isinstance(callback, FisherCallback):
             longest = sorted(texts, reverse=True)
-            chosen = _batches(len(texts), callback.probe_batch_size, callback.seed, 64)
+            chosen = _batches(texts, callback.probe_batch_size, callback.seed, 64)
             found |= {
                 "anchor": callback.anchor,
-                "probe": _distinct(passes_of([texts[i] for i in b], cost) for b in chosen),
+                "probe": _distinct(passes(batch, cost) for batch in chosen),
                 "fisher": passes_of(longest[: callback.batch_size], 0),
                 "scoring": passes_of(known[: callback.batch_size], 0),
             }
@@ -240,9 +249,24 @@ def _evaluation(data: LWFDataModule, model: nn.Module, cost: int) -> dict[str, A
     return {"evaluation": _distinct(passes), "evaluation_prompts": longest}
 
 
-def _batches(texts: int, batch_size: int, seed: int, steps: int) -> Iterator[list[int]]:
-    for step in range(min(steps, max(1, texts // batch_size))):
-        yield batch_indices(texts, batch_size, seed, step)
+def _training_passes(
+    model: nn.Module,
+    device: str,
+    texts: Sequence[tuple[int, int]],
+    cost: int,
+    max_tokens: int | None = None,
+) -> list[Pass]:
+    """The forward passes of a step; see :func:`lwf_lightning.packing.forward_passes`."""
+    if can_attend_text_by_text(model, max(tokens for tokens, _ in texts), device):
+        return rows_of(texts, max_tokens)
+    return passes_of(texts, cost, max_tokens)
+
+
+def _batches(
+    texts: Sequence[tuple[int, int]], batch_size: int, seed: int, steps: int
+) -> Iterator[list[tuple[int, int]]]:
+    for step in range(min(steps, max(1, len(texts) // batch_size))):
+        yield [texts[index] for index in batch_indices(len(texts), batch_size, seed, step)]
 
 
 def _distinct(batches: Iterable[list[Pass]]) -> list[Pass]:

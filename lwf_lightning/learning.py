@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch, batches_of
-from lwf_lightning.data.passes import forward_passes
 from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import clip_gradients, labelled_token_count
+from lwf_lightning.packing import forward_passes
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.regularizers import (
     FeaturePenalty,
@@ -85,14 +85,14 @@ class LearningMixin(L.LightningModule):
     def _gradient_in_passes(self, batch: Batch, ranks: Ranks) -> Tensor:
         tokens = ranks.sum(torch.tensor(labelled_token_count(batch), device=self.device))
         loss = torch.zeros((), device=self.device, dtype=torch.float32)
-        passes = forward_passes(self.model, batch, self.hparams["tokens_per_pass"])
-        passes = in_step(passes, self.model.parameters())
-        for number, part in enumerate(passes, start=1):
-            with gradient_sync(self.trainer, number == len(passes)):
-                part_tokens = labelled_tokens(self.model, part, allow_none=True)
-                part_loss = part_tokens.token_losses().sum() / tokens
-                self.manual_backward(part_loss * ranks.world_size)  # the ranks are averaged
-            loss += part_loss.detach()
+        with forward_passes(self.model, batch, self.hparams["tokens_per_pass"]) as passes:
+            passes = in_step(passes, self.model.parameters())
+            for number, part in enumerate(passes, start=1):
+                with gradient_sync(self.trainer, number == len(passes)):
+                    part_tokens = labelled_tokens(self.model, part, allow_none=True)
+                    part_loss = part_tokens.token_losses().sum() / tokens
+                    self.manual_backward(part_loss * ranks.world_size)  # the ranks are averaged
+                loss += part_loss.detach()
         return ranks.sum(loss)
 
     def _gradient_in_one_pass(self, batch: Batch, ranks: Ranks) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
+from lwf_lightning.packing import is_text_by_text, one_row
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
@@ -75,7 +76,8 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
     """Runs the model and keeps the logits of the labelled positions.
 
     The head is evaluated only at positions that some text of the batch needs, where the
-    architecture allows it (``logits_to_keep``).
+    architecture allows it (``logits_to_keep``); and at no other, nor anything at padding, within
+    :func:`~lwf_lightning.packing.text_by_text`.
 
     Args:
         model: Any ``transformers`` causal LM.
@@ -90,6 +92,13 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
     wanted, columns = labelled_columns(batch)
     if columns.numel() == 0 and not allow_none:
         raise ValueError("the batch has no labelled token: every label is -100, so it has no loss")
+    text, column = wanted.nonzero(as_tuple=True)
+    targets = batch["labels"][:, 1:][wanted]
+    if is_text_by_text(model):
+        places = batch["attention_mask"].flatten().cumsum(dim=0).view_as(batch["labels"]) - 1
+        kept = places[:, :-1][wanted]
+        row = model(**one_row(batch), use_cache=False, logits_to_keep=kept).logits
+        return LabelledTokens(row.flatten(0, 1), targets, text, len(batch["labels"]))
     inputs: dict[str, Any] = {
         "input_ids": batch["input_ids"],
         "attention_mask": batch["attention_mask"],
@@ -99,15 +108,10 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
         inputs["position_ids"] = batch["position_ids"]
     if _accepts_logits_to_keep(model):
         logits = model(**inputs, logits_to_keep=columns).logits
+        column = torch.searchsorted(columns, column)
     else:
-        logits = model(**inputs).logits[:, columns]
-    text, column = wanted[:, columns].nonzero(as_tuple=True)
-    return LabelledTokens(
-        logits=logits[text, column],
-        targets=batch["labels"][:, 1:][:, columns][text, column],
-        text=text,
-        texts=len(batch["labels"]),
-    )
+        logits = model(**inputs).logits
+    return LabelledTokens(logits[text, column], targets, text, len(batch["labels"]))
 
 
 def per_text_loss(model: nn.Module, batch: Batch, *, reduction: Reduction = "mean") -> Tensor:

@@ -204,7 +204,8 @@ def block_activations(size: ModelSize, plan: Plan, one: Pass, *, training: bool)
     # The inputs of five products (a cast copy for each under autocast), and of the output's.
     inputs = (5 if numbers.mixed else 2) * size.hidden
     keys = size.attention if one.padded else size.key_value
-    attention = 2 * size.attention + 2 * keys
+    outputs = 2 if one.in_one_row else 1  # those of the texts, and what is put together of them
+    attention = (1 + outputs) * size.attention + 2 * keys
     gates = 4 * size.intermediate
     token = norms + numbers.compute * (inputs + attention + gates) + FLOAT * size.heads
     mask = one.width * numbers.compute if one.padded else 0

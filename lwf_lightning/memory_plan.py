@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lwf_lightning.data.passes import group_by_length
+from lwf_lightning.data.passes import fill_rows, group_by_length
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class Pass:
         columns: Positions at which some text has a label: where the head runs.
         labelled: Labelled tokens of all texts.
         padded: Whether there is padding, which takes an attention mask and repeated keys.
+        in_one_row: Whether its texts lie one after another, as one of that width, whose attention
+            is put together from theirs.
     """
 
     texts: int
@@ -102,6 +104,7 @@ class Pass:
     columns: int
     labelled: int
     padded: bool = True
+    in_one_row: bool = False
 
     @property
     def tokens(self) -> int:
@@ -170,7 +173,7 @@ class Plan:
 def passes_of(
     texts: Sequence[tuple[int, int]], cost: int, max_tokens: int | None = None
 ) -> list[Pass]:
-    """The passes of a batch.
+    """The padded passes of a batch.
 
     Args:
         texts: Tokens of each text, and how many at its end are labelled.
@@ -179,7 +182,7 @@ def passes_of(
 
     Example:
         >>> passes_of([(10, 4), (8, 1)], cost=100)
-        [Pass(texts=2, width=10, columns=4, labelled=5, padded=True)]
+        [Pass(texts=2, width=10, columns=4, labelled=5, padded=True, in_one_row=False)]
     """
     lengths = [tokens for tokens, _ in texts]
     groups = group_by_length(lengths, cost, max_tokens) if cost else [list(range(len(texts)))]
@@ -189,7 +192,29 @@ def passes_of(
         width = max(tokens for tokens, _ in part)
         first = min(tokens - labelled for tokens, labelled in part)
         columns = width - max(1, first)  # the first token is never predicted
-        labelled = sum(min(labels, tokens - 1) for tokens, labels in part)
         padded = any(tokens < width for tokens, _ in part)
-        found.append(Pass(len(part), width, max(columns, 0), labelled, padded))
+        found.append(Pass(len(part), width, max(columns, 0), _labelled(part), padded))
     return found
+
+
+def rows_of(texts: Sequence[tuple[int, int]], max_tokens: int | None = None) -> list[Pass]:
+    """The passes of a batch whose texts lie one after another.
+
+    Args:
+        texts: Tokens of each text, and how many at its end are labelled.
+        max_tokens: See :func:`lwf_lightning.data.passes.fill_rows`.
+
+    Example:
+        >>> rows_of([(10, 4), (8, 1)])
+        [Pass(texts=1, width=18, columns=5, labelled=5, padded=False, in_one_row=True)]
+    """
+    found = []
+    for group in fill_rows([tokens for tokens, _ in texts], max_tokens):
+        part = [texts[index] for index in group]
+        labelled = _labelled(part)
+        found.append(Pass(1, sum(tokens for tokens, _ in part), labelled, labelled, False, True))
+    return found
+
+
+def _labelled(texts: Sequence[tuple[int, int]]) -> int:
+    return sum(min(labels, tokens - 1) for tokens, labels in texts)

@@ -15,6 +15,7 @@ from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import LabelledTokens, labelled_tokens
 from lwf_lightning.objectives import Objective
 from lwf_lightning.optimization import clip_gradients
+from lwf_lightning.packing import text_by_text
 from lwf_lightning.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -69,30 +70,33 @@ class UnlearningMixin(L.LightningModule):
             return
         self.phase = "unlearning"
         batch = {key: value.to(self.device) for key, value in batch.items()}
-        reference = self._reference(batch) if self.objective.needs_reference else None
-        tokens = labelled_tokens(self.model, batch, allow_none=True)
-        losses = self.objective(tokens, reference)
-        nll = tokens.per_text(tokens.token_losses().detach())
-        is_text = tokens.tokens_per_text() > 0  # and not a filler
-        # What is decided below is decided from the texts of all ranks, the same way on each.
-        ranks = ranks_of(self.trainer)
-        shown = ranks.stack(torch.stack([losses.detach().to(nll), nll, is_text.to(nll)], dim=1))
-        all_losses, all_nll, _ = shown[shown[..., 2] > 0].unbind(dim=1)
-        self.unlearning_steps += 1
-        if not self._is_finite(all_losses.sum() + all_nll.sum(), "unlearning"):
-            return
+        with text_by_text(self.model, batch):
+            reference = self._reference(batch) if self.objective.needs_reference else None
+            tokens = labelled_tokens(self.model, batch, allow_none=True)
+            losses = self.objective(tokens, reference)
+            nll = tokens.per_text(tokens.token_losses().detach())
+            is_text = tokens.tokens_per_text() > 0  # and not a filler
+            # What is decided below is decided from the texts of all ranks, the same way on each.
+            ranks = ranks_of(self.trainer)
+            shown = ranks.stack(torch.stack([losses.detach().to(nll), nll, is_text.to(nll)], dim=1))
+            all_losses, all_nll, _ = shown[shown[..., 2] > 0].unbind(dim=1)
+            self.unlearning_steps += 1
+            if not self._is_finite(all_losses.sum() + all_nll.sum(), "unlearning"):
+                return
+            pushed = self._is_pushed(nll) & is_text
+            number_pushed = self._is_pushed(all_nll).sum()
+            if int(number_pushed) > 0:
+                loss = losses.where(pushed, 0.0).sum() / len(all_losses)
+                kept = self._retained()
+                with gradient_sync(self.trainer, kept is None):
+                    self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
         figures = {
             "unlearn/loss": all_losses.mean(),
             "unlearn/nll": all_nll.mean(),
             "unlearn/nll_highest": all_nll.max(),
-            "unlearn/texts_pushed": self._is_pushed(all_nll).sum(),
+            "unlearn/texts_pushed": number_pushed,
         }
-        if int(figures["unlearn/texts_pushed"]) > 0:
-            pushed = self._is_pushed(nll) & is_text
-            loss = losses.where(pushed, 0.0).sum() / len(all_losses)
-            kept = self._retained()
-            with gradient_sync(self.trainer, kept is None):
-                self.manual_backward(loss * ranks.world_size)  # the ranks are averaged
+        if int(number_pushed) > 0:
             if kept is not None:
                 figures["unlearn/retained_nll"] = self._retain(kept, ranks)
             limit = self.hparams["unlearning_max_grad_norm"]
@@ -112,11 +116,12 @@ class UnlearningMixin(L.LightningModule):
     def _retain(self, batch: Batch, ranks: Ranks) -> Tensor:
         """Adds the gradient of the loss on what is to stay; returns that loss."""
         batch = {key: value.to(self.device) for key, value in batch.items()}
-        tokens = labelled_tokens(self.model, batch, allow_none=True)
-        is_text = tokens.tokens_per_text() > 0
-        texts = ranks.sum(is_text.sum())
-        loss = tokens.per_text(tokens.token_losses()).where(is_text, 0.0).sum() / texts
-        self.manual_backward(self.hparams["unlearning_retain"] * loss * ranks.world_size)
+        with text_by_text(self.model, batch):
+            tokens = labelled_tokens(self.model, batch, allow_none=True)
+            is_text = tokens.tokens_per_text() > 0
+            texts = ranks.sum(is_text.sum())
+            loss = tokens.per_text(tokens.token_losses()).where(is_text, 0.0).sum() / texts
+            self.manual_backward(self.hparams["unlearning_retain"] * loss * ranks.world_size)
         return ranks.sum(loss.detach())
 
     def _is_pushed(self, nll: Tensor) -> Tensor:

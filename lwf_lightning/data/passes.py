@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,34 @@ def group_by_length(
     return groups
 
 
+def fill_rows(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
+    """Divides texts among rows without padding: few rows, texts of one length side by side.
+
+    Args:
+        lengths: Tokens of each text.
+        max_tokens: At most so many tokens per row; a longer text goes alone.
+
+    Returns:
+        Indices of the texts of each row, long texts first.
+
+    Example:
+        >>> fill_rows([10, 90, 11, 88])
+        [[1, 3, 2, 0]]
+        >>> fill_rows([10, 90, 11, 88], max_tokens=100)
+        [[1, 0], [3, 2]]
+    """
+    rows: list[list[int]] = []
+    room: list[float] = []
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        row = next((row for row, left in enumerate(room) if lengths[text] <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_tokens or math.inf)
+        rows[row].append(text)
+        room[row] -= lengths[text]
+    return rows
+
+
 def texts_of_passes(
     model: nn.Module, batch: Batch, max_tokens: int | None = None
 ) -> list[list[int]]:
@@ -85,23 +114,7 @@ def texts_of_passes(
 
 def take_texts(batch: Batch, texts: Sequence[int]) -> Batch:
     """The part of a batch with these texts, without the columns that are padding in all of them."""
-    if len(texts) == len(batch["input_ids"]):
-        return batch
     rows = torch.tensor(texts, dtype=torch.int64, device=batch["input_ids"].device)
     part = {key: value[rows] for key, value in batch.items()}
     used = part["attention_mask"].any(dim=0)
     return {key: value[:, used] for key, value in part.items()}
-
-
-def forward_passes(model: nn.Module, batch: Batch, max_tokens: int | None = None) -> list[Batch]:
-    """Cuts a batch into the batches of its forward passes.
-
-    A loss that is a sum over tokens, divided by the tokens of the *whole* batch, has the same
-    gradient in all passes together as in one.
-
-    Args:
-        model: The model that will see them.
-        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens).
-        max_tokens: See :func:`group_by_length`.
-    """
-    return [take_texts(batch, texts) for texts in texts_of_passes(model, batch, max_tokens)]

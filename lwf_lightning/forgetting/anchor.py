@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lwf_lightning.data.batch import Batch
-from lwf_lightning.data.passes import forward_passes, take_texts
+from lwf_lightning.data.passes import take_texts
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.weights import copy_weights, exchange, trainable_parameters
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import can_fuse, clip_gradients, labelled_token_count
+from lwf_lightning.packing import forward_passes
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import in_step
 
@@ -104,14 +105,14 @@ def _backward(model: nn.Module, batch: Batch, text_loss: TextLoss | None, weight
 
     The losses are those of tokens, or of texts with a ``text_loss``.
     """
-    losses = []
-    parts = [batch] if text_loss else in_step(forward_passes(model, batch), model.parameters())
-    for part in parts:
-        if text_loss is None:
-            values = labelled_tokens(model, part, allow_none=True).token_losses()
-        else:
-            values = text_loss(model, part)
-        loss = values.sum() * weight
+    if text_loss is not None:
+        loss = text_loss(model, batch).sum() * weight
         loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-    return torch.stack(losses).sum()
+        return loss.detach()
+    total = torch.zeros((), device=batch["labels"].device, dtype=torch.float32)
+    with forward_passes(model, batch) as passes:
+        for part in in_step(passes, model.parameters()):
+            loss = labelled_tokens(model, part, allow_none=True).token_losses().sum() * weight
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+    return total

@@ -17,6 +17,7 @@ from lwf_lightning.data.batch import collate
 from lwf_lightning.data.sampler import batch_indices
 from lwf_lightning.forgetting.weights import copy_weights
 from lwf_lightning.losses import labelled_tokens, per_text_loss
+from lwf_lightning.packing import forward_passes
 
 Make = Callable[..., Any]
 
@@ -50,8 +51,11 @@ def test_never_is_plain_fine_tuning_bit_for_bit(
     for step in range(8):
         rows = batch_indices(24, 4, 0, step)
         batch = collate([data.learning_encoded[row] for row in rows], 0)
-        loss = labelled_tokens(model, batch).token_losses()
-        (loss.sum() / len(loss)).backward()
+        padded_loss = model(**batch).loss.detach()
+        with forward_passes(model, batch) as (row,):
+            loss = labelled_tokens(model, row).token_losses()
+            (loss.sum() / len(loss)).backward()
+        torch.testing.assert_close(loss.mean(), padded_loss)
         norm = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm()
         for parameter in model.parameters():
             parameter.grad *= min(1.0, float(1 / norm))

@@ -62,10 +62,19 @@ def test_the_lengths_are_those_of_the_texts(run):
     trainer, module, data = run(data={"batch_size": 4, "elicit_batch_size": 5})
     plan = predict(trainer, module, data).plan
     longest = max(len(text) for text in data.learning_encoded)
-    assert max(one.width for one in plan.learning) <= longest
+    assert all(one.in_one_row for one in (*plan.learning, *plan.probe, *plan.unlearning))
+    assert max(one.width for one in plan.learning) <= 4 * longest
     assert {one.width for one in plan.fisher} == {longest}
     assert plan.elicitation.texts == 5
     assert plan.elicitation.answer == data.max_new_tokens
+
+
+def test_a_model_that_has_to_be_padded_is(run):
+    trainer, module, data = run({"attention": "eager"}, {"batch_size": 4})
+    plan = predict(trainer, module, data).plan
+    longest = max(len(text) for text in data.learning_encoded)
+    assert not any(one.in_one_row for one in (*plan.learning, *plan.probe, *plan.unlearning))
+    assert max(one.width for one in plan.learning) <= longest
 
 
 def test_what_a_baseline_keeps_is_counted(run):

@@ -63,6 +63,8 @@ def test_a_block_keeps_what_the_hand_counts():
     assert block_activations(SIZE, VANILLA, ONE, training=True) == 20 * token
     whole = replace(ONE, padded=False)  # no mask, and keys and values of one head, not of two
     assert block_activations(SIZE, VANILLA, whole, training=True) == 20 * (token - 40 - 4 * 2 * 4)
+    row = replace(whole, in_one_row=True)  # what attention puts out, once more
+    assert block_activations(SIZE, VANILLA, row, training=True) == 20 * (token - 40)
 
 
 def test_logits_by_hand():

@@ -1,0 +1,205 @@
+"""Texts one after another in one row: nothing is padding, and each attends to itself alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lwf_lightning.data.batch import Batch
+from lwf_lightning.data.passes import fill_rows, take_texts, texts_of_passes
+from lwf_lightning.generation import evaluation_mode, unwrapped
+from lwf_lightning.shards import reshard
+
+TEXT_BY_TEXT = "text_by_text"
+"""The attention of transformers under which a row may hold several texts."""
+
+
+def attend_text_by_text(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    text_lengths: Sequence[int] = (),
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """SDPA within each text of a row: the sum of squares of lengths, not the square of the sum.
+
+    Neighbouring texts of one length go together. The arguments are those of any attention of
+    transformers, but that ``text_lengths`` takes the place of a mask.
+
+    Args:
+        module: The attention layer.
+        query: Shape (1, heads, tokens of all texts, width).
+        key: As ``query``, with perhaps fewer heads.
+        value: As ``key``.
+        attention_mask: None: transformers makes no mask for an attention of others.
+        text_lengths: Tokens of each text of the row, in order; all are one text without them.
+        **options: What transformers' own SDPA takes.
+
+    Returns:
+        Shape (1, tokens of all texts, heads, width); and no weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    runs = [
+        (length, len(list(texts))) for length, texts in groupby(text_lengths or query.shape[2:3])
+    ]
+    sizes = [length * texts for length, texts in runs]
+    rows = (torch.split(row.squeeze(0), sizes, dim=1) for row in (query, key, value))
+    outputs = []
+    for (length, texts), *parts in zip(runs, *rows, strict=True):
+        q, k, v = (part.unflatten(1, (texts, length)).transpose(0, 1) for part in parts)
+        output, _ = sdpa_attention_forward(module, q, k, v, None, **options)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def can_attend_text_by_text(model: nn.Module, tokens: int, device: torch.device | str) -> bool:
+    """Whether texts of up to so many tokens may lie in one row, and whether that pays.
+
+    The model's attention has to go through the interface of transformers, by its own SDPA, and see
+    the whole of a text. On an accelerator a layer would start its kernels once for each length:
+    padding is reasoned to be cheaper there, which was not measured.
+
+    Args:
+        model: A causal LM, with or without a LoRA adapter.
+        tokens: Tokens of the longest text.
+        device: Where the model runs.
+    """
+    from lwf_lightning.decoding import can_decode  # imports transformers: seconds
+
+    base = unwrapped(model)
+    return (
+        torch.device(device).type == "cpu"
+        and base.is_backend_compatible()
+        and base.config._attn_implementation == "sdpa"
+        and not base.config.sub_configs  # each could have an attention of its own
+        and can_decode(base, tokens)
+    )
+
+
+def is_text_by_text(model: Any) -> bool:
+    """Whether the model's attention now takes several texts in a row."""
+    config = getattr(unwrapped(model), "config", None)
+    return getattr(config, "_attn_implementation", None) == TEXT_BY_TEXT
+
+
+@contextmanager
+def text_by_text(model: nn.Module, batch: Batch) -> Iterator[bool]:
+    """Has :func:`~lwf_lightning.losses.labelled_tokens` lay the texts of a batch in one row.
+
+    What runs within, backward passes included (checkpointing calls the attention there once
+    more), may take any part of the batch. Where a model cannot, nothing changes. All processes
+    have to enter together if the weights are sharded.
+
+    Args:
+        model: A causal LM.
+        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens).
+
+    Yields:
+        Whether texts lie in one row.
+    """
+    mask = batch["attention_mask"]
+    longest = int(mask.sum(dim=1).max())
+    if _is_proven(model, mask.device) and can_attend_text_by_text(model, longest, mask.device):
+        with _attention_text_by_text(unwrapped(model)):
+            yield True
+    else:
+        yield False
+
+
+@contextmanager
+def _attention_text_by_text(base: Any) -> Iterator[None]:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(TEXT_BY_TEXT, attend_text_by_text)
+    usual = base.config._attn_implementation
+    base.set_attn_implementation(TEXT_BY_TEXT)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(usual)
+
+
+_PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _is_proven(model: nn.Module, device: torch.device) -> bool:
+    """Whether two short texts predict in one row what each predicts alone; a model is tried once.
+
+    Some count positions in a way of their own, or do not hand the lengths on to their attention,
+    and nothing about them says so.
+    """
+    base = unwrapped(model)
+    if base not in _PROVEN and can_attend_text_by_text(model, 3, device):
+        ids = torch.arange(5, 11, device=device).view(2, 3) % base.config.vocab_size
+        row = one_row({"input_ids": ids, "attention_mask": torch.ones_like(ids).tril(1)})
+        with evaluation_mode(model), torch.autocast(device.type, enabled=False):
+            texts = (ids[:1, :2], ids[1:])
+            alone = torch.cat([model(input_ids=text, use_cache=False).logits[0] for text in texts])
+            with _attention_text_by_text(base):
+                together = model(**row, use_cache=False).logits[0]
+        reshard(model)
+        tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
+        _PROVEN[base] = bool((together - alone).abs().max() <= tolerance)
+    return _PROVEN.get(base, False)
+
+
+@contextmanager
+def forward_passes(
+    model: nn.Module, batch: Batch, max_tokens: int | None = None
+) -> Iterator[list[Batch]]:
+    """Cuts a batch into those of its forward passes: rows without padding, if the model can.
+
+    A loss that is a sum over tokens, divided by the tokens of the *whole* batch, has the same
+    gradient in all passes together as in one. Each pass costs the traffic of the weights and their
+    gradients, so there is one, or as few as ``max_tokens`` allows. See :func:`text_by_text` for
+    what may run within, and :func:`~lwf_lightning.data.passes.group_by_length` for other models.
+
+    Args:
+        model: The model that will see them.
+        batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens).
+        max_tokens: At most so many tokens per pass, padding included; a longer text goes alone.
+
+    Yields:
+        The batch of each pass, padded.
+    """
+    with text_by_text(model, batch) as is_packed:
+        if is_packed:
+            groups = fill_rows(batch["attention_mask"].sum(dim=1).tolist(), max_tokens)
+        else:
+            groups = texts_of_passes(model, batch, max_tokens)
+        yield [take_texts(batch, texts) for texts in groups]
+
+
+def one_row(batch: Batch) -> dict[str, Any]:
+    """The texts of a batch one after another, as a model that goes text by text takes them.
+
+    Args:
+        batch: ``input_ids`` and ``attention_mask``, each (texts, tokens).
+
+    Returns:
+        ``input_ids`` and ``position_ids``, each (1, tokens of all texts), and ``text_lengths``.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+        >>> ids = torch.tensor([[5, 6, 0], [7, 8, 9]])
+        >>> row = one_row({"input_ids": ids, "attention_mask": mask})
+        >>> row["input_ids"].tolist(), row["position_ids"].tolist(), row["text_lengths"]
+        ([[5, 6, 7, 8, 9]], [[0, 1, 0, 1, 2]], [2, 3])
+    """
+    held = batch["attention_mask"].bool()
+    return {
+        "input_ids": batch["input_ids"][held].unsqueeze(0),
+        "position_ids": (held.cumsum(dim=1) - 1)[held].unsqueeze(0),
+        "text_lengths": held.sum(dim=1).tolist(),
+    }
