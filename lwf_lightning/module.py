@@ -70,9 +70,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         learning_rate_schedule: After the warm-up: constant, or to zero, linearly or by a cosine.
         warmup_ratio: Share of the learning steps over which the learning rate rises.
         max_grad_norm: The learning gradient is clipped to this norm; above 0.
-        tokens_per_pass: A step's batch goes through the model in passes of texts of similar
-            length, whose gradients add up to the same step; a pass holds at most so many tokens,
-            padding included, but at least one text. None: as many as are quickest.
+        tokens_per_pass: A step's batch goes through the model in passes whose gradients add up to
+            the same step, without padding where the model allows; a pass holds at most so many
+            tokens, padding included, but at least one text. None: as many as are quickest.
         learning_loss: What a learning step minimizes: ``cross_entropy`` per answer token, or
             ``token_forgetting``; see :class:`~lwf_lightning.token_forgetting.TokenForgetting`.
         learning_loss_options: Options of ``token_forgetting``, such as ``{"share_kept": 0.7}``.
