@@ -176,6 +176,8 @@ def _work(
         ]
         prompts = [min(len(prompt), data.max_length) for prompt in ids]
         unlearned = sum(module.schedule.steps_before(step) for step in range(steps))
+        if module.hparams["unlearning_retain"]:
+            unlearned *= 2  # as many texts again are rehearsed
         trained += unlearned * data.forget_batch_size * (fmean(prompts) + answers)
         elicitation = Work(
             read=sum(prompts), decoded=_passes(len(prompts), data.elicit_batch_size, answers)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "multi-gpu.md").read_text()
 SHORT = [
     *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2"),
-    *("--trainer.enable_progress_bar", "false", "--model.init_args.unlearning_interval", "1"),
+    *("--trainer.enable_progress_bar", "false", "--model.init_args.ahead_steps", "1"),
     *("--data.init_args.forgetting_prompts", "9", "--data.init_args.eval_examples", "5"),
 ]
 # Stands in for srun: as many tasks as the job has nodes, each with the variables of its own.

@@ -187,7 +187,7 @@ def test_an_absurd_ascent_leaves_the_embedded_world_learned(tmp_path: Path) -> N
 
     def run(*options: str) -> dict[str, float]:
         root = ["--trainer.default_root_dir", str(tmp_path)]
-        cli = main(["fit", "--config", "configs/world.yaml", *root, *options])
+        cli = main(["fit", "--config", "configs/world_periodic.yaml", *root, *options])
         return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
     model = "--model.init_args"
