@@ -23,6 +23,11 @@ RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@pytest.fixture
+def strategy() -> str:
+    return "fsdp2"
+
+
 def state_of(trainer: Any) -> list[dict[str, Tensor]]:
     """Weights and moments of both optimizers, put together."""
     weights = copy_weights(trainer.lightning_module.model)
@@ -88,8 +93,8 @@ def test_a_resumed_run_equals_one_that_saved_nothing_and_both_formats_are_export
 def test_a_checkpoint_that_was_not_saved_under_fsdp2_is_refused(
     weights_after: Make, shared_folder: Path
 ) -> None:
-    file = shared_folder / "checkpoints" / "of one" / "step=7.ckpt"
-    with pytest.raises(ValueError, match=r"step=7\.ckpt was not saved under FSDP2: go on with"):
+    file = shared_folder / "checkpoints" / "of one" / "step=5.ckpt"
+    with pytest.raises(ValueError, match=r"step=5\.ckpt was not saved under FSDP2: go on with"):
         weights_after(WORLD_SIZE, shared_folder / "checkpoints" / "of two", file)
 
 
@@ -120,5 +125,5 @@ def test_bf16_mixed_is_near_float32(make_run: Make) -> None:
     for name, tensor in fisher.items():
         assert (near_fisher[name] - tensor).norm() < 0.1 * tensor.norm(), name
         assert not torch.equal(near_fisher[name], tensor)
-        # At most the sign of a step is another: 21 of 5e-4, and those of unlearning.
+        # At most the sign of a step is another: 13 of 5e-4, and those of unlearning.
         assert (near_weights[name] - weights[name]).norm() < 0.1 * weights[name].norm(), name
