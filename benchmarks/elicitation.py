@@ -10,7 +10,6 @@ than its own ``stop_strings``. Both give the same answers, up to ties within rou
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from benchmarks.harness import (
     MODEL,
     QUICK_MODEL,
     Result,
+    command_line,
     model_and_tokenizer,
     need_data,
     ratio_of_medians,
@@ -85,7 +85,7 @@ def in_data_order(
     return answers
 
 
-def results(*, per_task: int = 8, rounds: int = 2, quick: bool = False) -> Iterator[Result]:
+def results(*, per_task: int = 8, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
     """One line: how many times the tokens per second of ``generate``."""
     if quick:
         per_task, rounds, new, tasks = 4, 1, 4, ("world_forgetting",)
@@ -134,17 +134,5 @@ def results(*, per_task: int = 8, rounds: int = 2, quick: bool = False) -> Itera
     )
 
 
-def main() -> None:
-    """Prints the line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-task", type=int, default=8, help="prompts of each of five tasks")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for result in results(per_task=options.per_task, rounds=options.rounds):
-        print(result.as_json())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(results, __doc__)

@@ -8,7 +8,6 @@ is grouped by length too, so that all of the difference is the prompt.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
@@ -20,6 +19,7 @@ from benchmarks.harness import (
     MODEL,
     QUICK_MODEL,
     Result,
+    command_line,
     model_and_tokenizer,
     need_data,
     ratio_of_medians,
@@ -67,17 +67,5 @@ def results(*, questions: int = 32, rounds: int = 3, quick: bool = False) -> Ite
     yield Result(WORK, PLAIN, figure, bar=1.0, details=details)
 
 
-def main() -> None:
-    """Prints the line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for result in results(questions=options.questions, rounds=options.rounds):
-        print(result.as_json())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(results, __doc__)

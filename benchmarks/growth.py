@@ -63,7 +63,7 @@ LEARNING_STEPS = 32
 STEEPEST = 1.1  # slope on logarithmic axes: 1 is linear
 
 
-def results(*, rounds: int = 2, quick: bool = False) -> Iterator[Result]:
+def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
     """How steeply each curve grows; measures what is missing and draws the picture."""
     if quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +266,7 @@ def main() -> None:
     """Measures what is missing and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--points", type=Path, default=POINTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)

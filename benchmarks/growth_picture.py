@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lwf_lightning.files import whole_file
 
@@ -58,13 +59,16 @@ class Curve:
         """The slope; on plain axes as a share of where the line begins."""
         return self.slope if self.logarithmic else self.slope / self.fitted[0]
 
+    @property
+    def line(self) -> str:
+        """The line in words."""
+        if self.logarithmic:
+            return f"slope {self.slope:.2f}"
+        scale, unit = (1e-6, "MB") if self.quantity == "bytes" else (1.0, "s")
+        return f"{self.fitted[0] * scale:.3g} + {self.slope * scale:.3g} x {unit}"
+
     def __str__(self) -> str:
-        slope = f"slope {self.slope:.2f}"
-        if not self.logarithmic:
-            unit = "MB" if self.quantity == "bytes" else "s"
-            scale = 1e-6 if self.quantity == "bytes" else 1
-            slope = f"{self.fitted[0] * scale:.3g} + {self.slope * scale:.3g} x {unit}"
-        return f"{self.series} {self.quantity} {self.name}: {slope}, R² {self.r_squared:.3f}"
+        return f"{self.series} {self.quantity} {self.name}: {self.line}, R² {self.r_squared:.3f}"
 
 
 def curves_of(points: Iterable[Mapping[str, Any]]) -> list[Curve]:
@@ -90,7 +94,7 @@ def curves_of(points: Iterable[Mapping[str, Any]]) -> list[Curve]:
 def draw(points: Iterable[Mapping[str, Any]], path: Path) -> list[Curve]:
     """Writes the picture and returns its curves."""
     curves = curves_of(points)
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
     grid = figure.subplots(2, len(AXES), squeeze=False)
     for column, (series, label) in enumerate(AXES.items()):
         for line, quantity in enumerate(("seconds", "bytes")):
@@ -108,22 +112,32 @@ def draw(points: Iterable[Mapping[str, Any]], path: Path) -> list[Curve]:
 def _show(axes: Axes, curves: Sequence[Curve]) -> None:
     for curve in curves:
         scale = 1e-6 if curve.quantity == "bytes" else 1.0
-        label = str(curve).partition(f"{curve.quantity} ")[2]
         colour = COLOURS[curve.name]
         y, fitted = (np.array(values) * scale for values in (curve.y, curve.fitted))
+        label = f"{curve.name}: {curve.line}"
         axes.plot(curve.x, y, "o", color=colour, markersize=5, label=label)
         axes.plot(curve.x, fitted, "-", color=colour, linewidth=1)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     if not curves:
         return
     if curves[0].logarithmic:
-        axes.set_xscale("log", base=10 if curves[0].series == "parameters" else 2)
+        axes.set_xscale("log")
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        axes.set_ylim(low / 1.5, high * 6)  # room for the legend
+        if high < 10 * low:  # a flat curve would fill the panel with its noise
+            axes.set_ylim(low / 2, high * 2)
+        ticks = (1e6, 1e7, 1e8) if curves[0].series == "parameters" else curves[0].x
+        axes.set_xticks(ticks, [_in_words(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.35)
-    axes.legend(fontsize=8, loc="upper left", frameon=False)
+        axes.set_ylim(0, axes.get_ylim()[1])
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+
+
+def _in_words(value: float) -> str:
+    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value:g}"
 
 
 def _place(series: str, row: Mapping[str, Any]) -> float:

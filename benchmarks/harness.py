@@ -11,15 +11,18 @@ the benchmark still runs.
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lwf_lightning.models import load_model, load_tokenizer
@@ -108,6 +111,28 @@ def take_turns(
 def ratio_of_medians(first: Sequence[float], second: Sequence[float]) -> float:
     """The median of the first divided by that of the second."""
     return median(first) / median(second)
+
+
+def command_line(results: Callable[..., Iterable[Result | Skipped]], description: str) -> None:
+    """Runs one benchmark by itself and prints its lines as they come.
+
+    Args:
+        results: The benchmark; each of its whole numbers becomes an option of the same name.
+        description: Its first line is said by ``--help``.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    numbers = {
+        name: parameter.default
+        for name, parameter in inspect.signature(results).parameters.items()
+        if type(parameter.default) is int
+    }
+    for name, default in (numbers | {"threads": torch.get_num_threads()}).items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=default, help=f"instead of {default}")
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    for result in results(**options):
+        print(result.as_json(), flush=True)
 
 
 class NotHere(Exception):

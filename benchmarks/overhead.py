@@ -1,14 +1,17 @@
 """A run that unlearns beside a vanilla run of the same learning steps: what LWF costs.
 
-    python -m benchmarks.overhead --threads 2               # a tenth of a refresh interval
-    python -m benchmarks.overhead --threads 2 --parts 1     # all 200 learning steps of it
-    python -m benchmarks.overhead --threads 2 --half        # a random model of 27 million
+    python -m benchmarks.overhead                             # qasc and gsm8k, a share of each
+    python -m benchmarks.overhead --learning-task qasc --parts 1     # a whole refresh interval
+    python -m benchmarks.overhead --model smollm2-135m --parts 25
 
-SmolLM2-135M learns qasc (16 texts a step) and unlearns what it says about psychology and dentistry:
-online anchor, an unlearning step of 8 texts every 8 learning steps, and every 200 of them a refresh
-over 256 learning texts (Fisher) and 256 texts of self-knowledge (scores), which are elicited before
-the clock starts. A tenth of that, 20 steps with a refresh over 26 and 26 texts, has the same
-shares; only what a refresh costs whatever its texts then weighs too much.
+A random model of 27 million parameters learns 16 texts a step and unlearns what it says about
+psychology and dentistry: online anchor, an unlearning step of 8 texts every 8 learning steps, and
+every 200 of them a refresh over 256 learning texts (Fisher) and 256 texts of self-knowledge
+(scores), which are elicited before the clock starts.
+
+A share of an interval, ``--parts 5``, takes a fifth of its steps and texts. What each step or text
+takes is then counted five times, and once what a refresh takes whatever its texts: saving Fisher
+and anchor, exchanging weights, choosing. With ``--parts 1`` nothing is reckoned.
 """
 
 from __future__ import annotations
@@ -27,35 +30,64 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.harness import DATA, MODEL, QUICK_MODEL, Result, need_data
+from benchmarks.harness import DATA, QUICK_MODEL, Result, need_data
 from benchmarks.training import StepEnds, half_width_model
 from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
 from lwf_lightning.callbacks import fisher as refresh
 from lwf_lightning.trainer import LWFTrainer
 
-INTERVAL, STEPS, TEXTS = 8, 200, 256
+INTERVAL, STEPS, TEXTS, FORGET_BATCH = 8, 200, 256, 8
 WARM_UP = INTERVAL  # learning steps before the clock starts; the refresh is the first thing after
 BAR = 1.3
+PARTS = {"qasc": 5, "gsm8k": 25}  # of an interval, one is measured: a minute or two a round
+LEARNING, UNLEARNING, FISHER, SCORES = "learning steps", "unlearning steps", "Fisher", "scores"
+SAVING, REST, ELSE, WHOLE = "saving", "rest of the refresh", "everything else", "whole"
+Seconds = list[float]
+"""By the clock, and of processor time."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What is measured of a run."""
+    """What is measured of a run: one of ``parts`` of a refresh interval."""
 
-    steps: int = STEPS
-    texts: int = TEXTS
-    batch_size: int = 16
     learning_task: str = "qasc"
+    parts: int = 1
+    model: str = QUICK_MODEL
+    batch_size: int = 16
+    fisher_batch_size: int = 8
     forgetting_tasks: tuple[str, ...] = ("psychol", "dental")
     max_new_tokens: int = 16
-    model: str = MODEL
+
+    def __post_init__(self) -> None:
+        if STEPS % self.parts or self.steps % INTERVAL:
+            raise ValueError(f"parts must be 1, 5 or 25, got {self.parts}")
+
+    @property
+    def steps(self) -> int:
+        """Learning steps."""
+        return STEPS // self.parts
+
+    @property
+    def texts(self) -> int:
+        """Texts behind the Fisher, and texts to score, in whole batches."""
+        batches = -(-TEXTS // self.fisher_batch_size // self.parts)
+        return batches * self.fisher_batch_size
+
+    @property
+    def counted(self) -> dict[str, float]:
+        """How often an interval takes what the segment takes once."""
+        per_step, per_text = float(self.parts), TEXTS / self.texts
+        return {
+            **{LEARNING: per_step, UNLEARNING: per_step, ELSE: per_step},
+            **{FISHER: per_text, SCORES: per_text, SAVING: 1.0, REST: 1.0},
+        }
 
 
 class Parts:
-    """Seconds spent in each part of the run: by the clock, and of processor time."""
+    """Seconds spent in each part of the run."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
+        self.seconds: dict[str, Seconds] = {}
 
     @contextmanager
     def times(self, owner: Any, name: str, part: str) -> Iterator[None]:
@@ -98,32 +130,37 @@ class Measured(StepEnds):
             self.parts.seconds.clear()
 
 
-def run(segment: Segment, schedule: str) -> dict[str, list[float]]:
-    """Seconds of each part of the segment, and of the ``whole`` of it."""
+def run(segment: Segment, schedule: str, cache: str) -> dict[str, Seconds]:
+    """Seconds of each part in a whole refresh interval, and of the ``whole`` of it."""
     parts = Parts()
     ends = Measured(parts)
-    callbacks: list[Any] = [ends]
-    if schedule != "never":
-        callbacks.insert(0, OneRefresh("online", STEPS, fisher_texts=segment.texts))
+    module = LWFModule(
+        segment.model,
+        schedule=schedule,
+        unlearning_interval=INTERVAL,
+        unlearning_ceiling=1e9,  # no text is spared: every unlearning step is a whole one
+    )
+    callback = OneRefresh(
+        "online",
+        STEPS,
+        fisher_texts=segment.texts,
+        batch_size=segment.fisher_batch_size,
+        forgetting_rate=max(0.25, FORGET_BATCH / segment.texts),  # enough for a whole batch
+    )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        module = LWFModule(
-            segment.model,
-            schedule=schedule,
-            unlearning_interval=INTERVAL,
-            unlearning_ceiling=1e9,  # no text is spared: every unlearning step is a whole one
-        )
         for owner, name, part in (
-            (module, "_learn", "learning steps"),
-            (module, "_unlearn", "unlearning steps"),
-            (refresh, "diagonal_fisher", "Fisher"),
-            (refresh, "forgetting_confidence", "scores"),
-            (refresh, "write_tensors", "saving Fisher and anchor"),
+            (module, "_learn", LEARNING),
+            (module, "_unlearn", UNLEARNING),
+            (refresh, "diagonal_fisher", FISHER),
+            (refresh, "forgetting_confidence", SCORES),
+            (refresh, "write_tensors", SAVING),
+            (callback, "refresh", REST),  # all of it, until the others are taken off
         ):
             stack.enter_context(parts.times(owner, name, part))
         trainer = LWFTrainer(
             max_steps=WARM_UP + segment.steps,
             accelerator="cpu",
-            callbacks=callbacks,
+            callbacks=[ends] if schedule == "never" else [callback, ends],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -131,86 +168,105 @@ def run(segment: Segment, schedule: str) -> dict[str, list[float]]:
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
-        trainer.fit(module, datamodule=_data(segment))
+        trainer.fit(module, datamodule=_data(segment, cache))
     moments = (ends.times.clock, ends.times.processor)
     whole = [seconds[-1] - seconds[WARM_UP - 1] for seconds in moments]
-    named = list(parts.seconds.values())
-    rest = [whole[i] - sum(seconds[i] for seconds in named) for i in range(2)]
-    return {**parts.seconds, "everything else": rest, "whole": whole}
+    found = parts.seconds
+    if REST in found:
+        found[REST] = _less(found[REST], [found[part] for part in (FISHER, SCORES, SAVING)])
+    found[ELSE] = _less(whole, list(found.values()))
+    reckoned = {
+        part: [segment.counted[part] * second for second in seconds]
+        for part, seconds in found.items()
+    }
+    return {WHOLE: [sum(column) for column in zip(*reckoned.values(), strict=True)], **reckoned}
 
 
-def _data(segment: Segment) -> LWFDataModule:
+def _less(whole: Seconds, parts: list[Seconds]) -> Seconds:
+    return [whole[i] - sum(seconds[i] for seconds in parts) for i in range(2)]
+
+
+def _data(segment: Segment, cache: str) -> LWFDataModule:
     return LWFDataModule(
         segment.learning_task,
         list(segment.forgetting_tasks),
         data_dir=str(DATA),
         batch_size=segment.batch_size,
+        forget_batch_size=FORGET_BATCH,
         forgetting_prompts=segment.texts,
         max_new_tokens=segment.max_new_tokens,
         evaluate_forgetting=False,
+        cache_dir=cache,
     )
 
 
-def results(
-    *, segment: Segment | None = None, parts: int = 10, rounds: int = 2, quick: bool = False
-) -> Iterator[Result]:
-    """The whole, then each part as a share of the vanilla run."""
+def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
+    """For each learning task the whole, then each part as a share of the vanilla run."""
     if quick:
-        tasks = {"learning_task": "world_learning", "forgetting_tasks": ("world_forgetting",)}
-        segment, rounds = Segment(8, 4, 2, **tasks, max_new_tokens=4, model=QUICK_MODEL), 1
-    else:
-        need_data()
-    if segment is None:
-        segment = Segment(steps=STEPS // parts, texts=-(-TEXTS // parts))
+        tiny = Segment("world_learning", 25, QUICK_MODEL, 2, 2, ("world_forgetting",), 4)
+        yield from compare(tiny, 1)
+        return
+    need_data()
+    with half_width_model() as model:
+        for task, parts in PARTS.items():
+            yield from compare(Segment(task, parts, model), rounds)
+
+
+def compare(segment: Segment, rounds: int) -> Iterator[Result]:
+    """The whole of a segment, then its parts."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    vanilla: list[dict[str, list[float]]] = []
-    unlearning: list[dict[str, list[float]]] = []
-    with warnings.catch_warnings():
+    vanilla: list[dict[str, Seconds]] = []
+    unlearning: list[dict[str, Seconds]] = []
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as cache:
         warnings.simplefilter("ignore")
         for _ in range(rounds):
-            vanilla.append(run(segment, "never"))
-            unlearning.append(run(segment, "periodic"))
-    for part in ("whole", *(name for name in unlearning[0] if name != "whole")):
+            vanilla.append(run(segment, "never", cache))
+            unlearning.append(run(segment, "periodic", cache))
+    for part in unlearning[0]:
         clock, processor = (
             median(seconds[part][i] for seconds in unlearning)
-            / median(seconds["whole"][i] for seconds in vanilla)
+            / median(seconds[WHOLE][i] for seconds in vanilla)
             for i in range(2)
         )
-        work = f"LWF, {segment.steps} steps of {segment.learning_task}: {part}"
         details: dict[str, Any] = {"ratio_of_processor_time": processor}
-        if part == "whole":
+        if part == WHOLE:
             details |= {**asdict(segment), "vanilla": vanilla, "lwf": unlearning}
-        bar = BAR if part == "whole" else None
-        yield Result(work, "vanilla run", clock, bar, details=details)
+        yield Result(
+            f"LWF, {segment.learning_task}: {part}",
+            "vanilla run",
+            clock,
+            BAR if part == WHOLE else None,
+            details=details,
+        )
 
 
 def main() -> None:
     """Prints the whole and its parts."""
-    parser = argparse.ArgumentParser(description="What LWF costs beside a vanilla run.")
-    parser.add_argument("--learning-task", default="qasc")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--learning-task", nargs="+", default=list(PARTS))
+    parser.add_argument("--parts", type=int, help="measure one of so many parts: 1, 5 or 25")
+    parser.add_argument("--model", help="instead of the random one of 27 million parameters")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--fisher-batch-size", type=int, default=8, help="of Fisher and scores")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="of a self-generated text")
-    parser.add_argument("--parts", type=int, default=10, help="measure one of so many parts")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--half", action="store_true", help="a model of 27 million parameters")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    with half_width_model() if arguments.half else nullcontext(MODEL) as model:
-        segment = Segment(
-            STEPS // arguments.parts,
-            -(-TEXTS // arguments.parts),
-            arguments.batch_size,
-            arguments.learning_task,
-            max_new_tokens=arguments.max_new_tokens,
-            model=model,
-        )
-        for result in results(segment=segment, rounds=arguments.rounds):
-            processor = result.details["ratio_of_processor_time"]
-            print(
-                f"{result.work:<56}{result.figure:6.3f}, {processor:6.3f} in processor time",
-                flush=True,
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with half_width_model() if options.model is None else nullcontext(options.model) as model:
+        for task in options.learning_task:
+            segment = Segment(
+                task,
+                options.parts or PARTS.get(task, 1),
+                model,
+                options.batch_size,
+                options.fisher_batch_size,
+                max_new_tokens=options.max_new_tokens,
             )
+            for result in compare(segment, options.rounds):
+                processor = result.details["ratio_of_processor_time"]
+                times = f"{result.figure:7.3f}, {processor:7.3f} in processor time"
+                print(f"{result.work:<40}{times}", flush=True)
 
 
 if __name__ == "__main__":

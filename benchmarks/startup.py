@@ -5,7 +5,6 @@ python -m benchmarks.startup
 
 from __future__ import annotations
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness import Result, take_turns
+from benchmarks.harness import Result, command_line, take_turns
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -46,13 +45,5 @@ def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
         yield Result(name, "the bar", median(seconds[name]), bar, unit="s", details=details)
 
 
-def main() -> None:
-    """Prints the lines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    for result in results(rounds=parser.parse_args().rounds):
-        print(result.as_json())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(results, __doc__)
