@@ -30,8 +30,11 @@ $(VENV)/smollm2: $(VENV)/installed
 demo: install ## Compare vanilla fine-tuning, LWF and the clean twin on the embedded world
 	$(BIN)/python -m lwf_lightning.demo
 
+# Two at a time: much of what takes long is processes that wait for each other. A thread each, since
+# a second one costs the tiny models of the tests more than it brings.
+test: export OMP_NUM_THREADS ?= 1
 test: install ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: install smollm2 ## Run the long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -37,7 +37,7 @@ from lwf_lightning.callbacks import fisher as refresh
 from lwf_lightning.trainer import LWFTrainer
 
 INTERVAL, STEPS, TEXTS, FORGET_BATCH = 8, 200, 256, 8
-WARM_UP = INTERVAL  # learning steps before the clock starts; the refresh is the first thing after
+WARM_UP = 1  # learning steps before the clock starts; the refresh is the first thing after
 BAR = 1.3
 PARTS = {"qasc": 5, "gsm8k": 25}  # of an interval, one is measured: a minute or two a round
 LEARNING, UNLEARNING, FISHER, SCORES = "learning steps", "unlearning steps", "Fisher", "scores"
