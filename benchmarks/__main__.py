@@ -5,6 +5,7 @@
     python -m benchmarks --resume           # what has not finished at this commit
     python -m benchmarks --quick            # does everything still run? the figures mean nothing
     python -m benchmarks --markdown         # the table of the last results, without a run
+    python -m benchmarks --markdown docs/performance.md     # the same, into the document
 
 ``benchmarks/results.json`` is written after each benchmark: machine, versions, commit, threads and
 every figure with what it was made of.
@@ -70,12 +71,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks only")
     parser.add_argument("--quick", action="store_true", help="a smoke test; nothing is kept")
     parser.add_argument("--resume", action="store_true", help="leave out what is done already")
-    parser.add_argument("--markdown", action="store_true", help="print the last results only")
+    parser.add_argument(
+        "--markdown",
+        nargs="?",
+        const=False,
+        type=Path,
+        metavar="FILE",
+        help="print the last results only, or write those with a bar between the marks of FILE",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=record.RESULTS)
     options = parser.parse_args(arguments)
-    if options.markdown:
-        print(record.markdown_table(record.lines(record.read(options.output)["benchmarks"])))
+    if options.markdown is not None:
+        last = record.load(options.output)
+        if options.markdown:
+            record.refresh(options.markdown, last)
+        else:
+            print(record.markdown_table(record.lines(last["benchmarks"])))
         return 0
     benchmarks = find_benchmarks()
     if unknown := sorted(set(options.only or ()) - benchmarks.keys()):

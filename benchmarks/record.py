@@ -17,6 +17,8 @@ from rich.table import Table
 from lwf_lightning.files import whole_file
 
 RESULTS = Path(__file__).parent / "results.json"
+MARKS = ("<!-- figures: begin -->\n", "<!-- figures: end -->\n")
+"""Around what :func:`refresh` writes into a document."""
 COLUMNS = ("benchmark", "work", "compared with", "figure", "bar", "")
 _PACKAGES = (
     *("torch", "lightning", "transformers", "peft", "trl", "opacus"),
@@ -74,11 +76,15 @@ def _git(folder: Path, *arguments: str) -> str:
 def read(path: Path) -> dict[str, Any]:
     """The results of earlier runs with the same machine and versions; else none."""
     here = surroundings()
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if all(found.get(key) == value for key, value in here.items()):
-            return found
+    if path.exists() and all(load(path).get(key) == value for key, value in here.items()):
+        return load(path)
     return {**here, "benchmarks": {}}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The results of earlier runs, wherever they were made."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
@@ -125,7 +131,31 @@ def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     return table
 
 
+def refresh(document: Path, found: Mapping[str, Any]) -> None:
+    """Writes every figure that has a bar, and where it comes from, between a document's marks.
+
+    Raises:
+        ValueError: If the document lacks a mark.
+    """
+    text = document.read_text(encoding="utf-8")
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise ValueError(f"{document} must hold {MARKS[0].strip()} and {MARKS[1].strip()} once")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    benchmarks, machine = found["benchmarks"], found["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    runs = {f"{run['commit']} with {run['threads']} threads" for run in benchmarks.values()}
+    source = (
+        f"Commit {', '.join(sorted(runs))}; {machine['cpu']}, {machine['cores']} cores; "
+        f"{versions.replace(' None', ' not installed')}.\n"
+    )
+    table = markdown_table([row for row in lines(benchmarks) if row[-1]])
+    with whole_file(document) as temporary:
+        content = [before, MARKS[0], source, "\n", table, "\n", MARKS[1], after]
+        temporary.write_text("".join(content), encoding="utf-8")
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """The table for ``docs/performance.md``."""
+    """The table in Markdown."""
     head = [COLUMNS, ["---"] * len(COLUMNS)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *rows])

@@ -149,6 +149,32 @@ def test_the_table_for_the_document_is_made_of_the_file(with_benchmarks, tmp_pat
     )
 
 
+def test_a_document_takes_the_figures_that_have_a_bar(with_benchmarks, tmp_path):
+    def shown(*, quick=False):
+        yield from met()
+        yield Result("sort", "nothing", 7.0, None)
+
+    with_benchmarks(fast=shown)
+    output = ["--output", str(tmp_path / "results.json")]
+    program.main(output)
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "old\n".join(record.MARKS) + "after\n")
+    for _ in range(2):  # again and again
+        program.main(["--markdown", str(page), *output])
+        text = page.read_text()
+        assert text.startswith("before\n" + record.MARKS[0] + "Commit abc with ")
+        assert text.endswith(
+            "| skipped: there is no quantum computer |\n" + record.MARKS[1] + "after\n"
+        )
+        assert text.count("| fast | sort | bubble sort | 0.50 x | at most 1.00 x | met |") == 1
+        assert "old" not in text
+        assert "nothing" not in text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match=r"page\.md must hold <!-- figures: begin -->"):
+        program.main(["--markdown", str(page), *output])
+    assert page.read_text() == "no marks"
+
+
 @pytest.mark.slow
 def test_the_quick_version_of_every_benchmark_runs():
     root = Path(__file__).parents[2]
