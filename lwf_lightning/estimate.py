@@ -172,10 +172,8 @@ def _plan(
     world = trainer.world_size if ranks is None else ranks
     steps = min(_BATCHES_LOOKED_AT, trainer.max_steps if trainer.max_steps > 0 else math.inf)
     batches = _batches(texts, data.batch_size, data.seed, int(steps))
-    if module.takes_one_pass:
-        learning = [passes_of(batch, 0) for batch in batches]
-    else:
-        learning = [passes(batch, cost, module.hparams["tokens_per_pass"]) for batch in batches]
+    learning_cost, limit = 0 if module.takes_one_pass else cost, module.hparams["tokens_per_pass"]
+    learning = [passes(batch, learning_cost, limit) for batch in batches]
     options: dict[str, Any] = {
         "learning": _distinct(learning),
         "accumulates": any(len(passes) > 1 for passes in learning),

@@ -15,7 +15,7 @@ from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import clip_gradients, labelled_token_count
-from lwf_lightning.packing import forward_passes
+from lwf_lightning.packing import forward_passes, text_by_text
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.regularizers import (
     FeaturePenalty,
@@ -72,7 +72,8 @@ class LearningMixin(L.LightningModule):
         """Leaves the gradient of loss and regularizer in the parameters; returns their values."""
         ranks = ranks_of(self.trainer)
         if self.takes_one_pass:
-            figures = self._gradient_in_one_pass(batch, ranks)
+            with text_by_text(self.model, batch):
+                figures = self._gradient_in_one_pass(batch, ranks)
         else:
             figures = {"train/loss": self._gradient_in_passes(batch, ranks)}
         if isinstance(self.regularizer, WeightPull):

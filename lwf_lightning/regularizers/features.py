@@ -23,7 +23,8 @@ def head_inputs(model: Any) -> Iterator[list[Tensor]]:
     Yields:
         A list to which each forward pass within the context adds its hidden states, of shape
         (texts, columns, hidden size), where the columns are those of
-        :func:`~lwf_lightning.losses.labelled_columns`, or all of them.
+        :func:`~lwf_lightning.losses.labelled_columns`, or all of them; or (1, labelled tokens,
+        hidden size), text by text, where texts lie in one row.
     """
     head: nn.Module = model.get_output_embeddings()
     found: list[Tensor] = []
@@ -46,6 +47,9 @@ def prompt_features(hidden: Tensor, batch: Batch) -> Tensor:
     """
     wanted, columns = labelled_columns(batch)
     is_text = wanted.any(dim=1)
+    if len(hidden) < len(wanted):  # in one row
+        labelled = wanted.sum(dim=1)
+        return hidden[0, (labelled.cumsum(dim=0) - labelled)[is_text]]
     place = wanted.to(torch.int64).argmax(dim=1)
     if hidden.shape[1] == len(columns):  # or else the head has read every position
         place = torch.searchsorted(columns, place)

@@ -86,7 +86,9 @@ def test_what_a_baseline_keeps_is_counted(run):
     assert (pulled.compares, pulled.pulls) == (True, True)
     forgets = plan(learning_loss="token_forgetting")
     assert (forgets.compares, forgets.pulls) == (True, False)
-    assert all(one.texts == 16 for one in (*shrunk.learning, *forgets.learning))
+    assert all(one.in_one_row for one in (*shrunk.learning, *forgets.learning))
+    padded = plan(regularizer="bss", attention="eager")
+    assert all(one.texts == 16 for one in padded.learning)
     assert not shrunk.accumulates
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
 from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.packing import text_by_text
 from lwf_lightning.regularizers import (
     EWC,
     L2SP,
@@ -157,17 +159,21 @@ def last_prompt_states(model: Any, texts: list[EncodedText]) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("keeps_all", [False, True])
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("way", ["all positions", "some columns", "one row"])
 def test_features_are_the_states_at_the_last_prompt_token(
-    keeps_all: bool, make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+    way: str, count: int, make_llama: Callable[..., Any], make_texts: Callable[..., Any]
 ) -> None:
-    model, texts = make_llama().double(), make_texts(7)
-    batch: Batch = collate([*texts, filler(texts[0])], 0)
-    with head_inputs(model) as hidden, torch.no_grad():
-        if keeps_all:  # as with an architecture that cannot keep some logits only
+    model, texts = make_llama().double(), make_texts(count)
+    fillers = [filler(texts[0])] * (count > 1)
+    batch: Batch = collate([*fillers, *texts, *fillers], 0)
+    in_one_row = text_by_text(model, batch) if way == "one row" else nullcontext()
+    with in_one_row, head_inputs(model) as hidden, torch.no_grad():
+        if way == "all positions":  # as with an architecture that cannot keep some logits only
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         else:
             labelled_tokens(model, batch)
-        found = prompt_features(hidden[0], batch)
+    found = prompt_features(hidden[0], batch)
+    with torch.no_grad():
         expected = last_prompt_states(model, texts)
     torch.testing.assert_close(found, expected)
