@@ -176,7 +176,7 @@ def _plan(
     learning = [passes(batch, learning_cost, limit) for batch in batches]
     options: dict[str, Any] = {
         "learning": _distinct(learning),
-        "accumulates": any(len(passes) > 1 for passes in learning),
+        "accumulates": any(len(step) > 1 for step in learning),
         "compares": module.needs_base_weights,
         "pulls": module.hparams["regularizer"] == "ewc",
         "checkpointing": module.hparams["gradient_checkpointing"],
@@ -218,9 +218,11 @@ def _forgetting(
         if isinstance(callback, FisherCallback):
             longest = sorted(texts, reverse=True)
             chosen = _batches(texts, callback.probe_batch_size, callback.seed, 64)
+            probe = [passes(batch, cost) for batch in chosen]
             found |= {
                 "anchor": callback.anchor,
-                "probe": _distinct(passes(batch, cost) for batch in chosen),
+                "probe": _distinct(probe),
+                "probe_accumulates": any(len(step) > 1 for step in probe),
                 "fisher": passes_of(longest[: callback.batch_size], 0),
                 "scoring": passes_of(known[: callback.batch_size], 0),
             }

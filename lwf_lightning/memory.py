@@ -47,7 +47,8 @@ def phases(size: ModelSize, plan: Plan) -> list[Phase]:
         found.append(Phase("elicit", held | generation(size, plan, plan.elicitation)))
     if plan.unlearns and plan.anchor == "probe":
         start = {"start copy of the probe": held["base copy"]}
-        found.append(Phase("probe", held | start | moments | step(size, plan, plan.probe, True)))
+        probe = step(size, plan, plan.probe, plan.probe_accumulates)
+        found.append(Phase("probe", held | start | moments | probe))
     optimizers = dict(moments)
     if plan.unlearns:
         optimizers["moments of unlearning"] = moments["moments of AdamW"]

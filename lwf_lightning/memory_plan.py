@@ -145,6 +145,7 @@ class Plan:
         elicitation: The largest batch of self-generation.
         evaluation_prompts: The largest batch of prompts that evaluation answers.
         accumulates: Whether a learning step has several passes.
+        probe_accumulates: Whether a step of the probe has.
         checkpointing: Whether activations are recomputed.
         ranks: Processes among which FSDP2 shards everything.
         device: ``cpu`` or ``cuda``.
@@ -164,6 +165,7 @@ class Plan:
     elicitation: Prompts = Prompts()
     evaluation_prompts: Prompts = Prompts()
     accumulates: bool = False
+    probe_accumulates: bool = False
     checkpointing: bool = False
     ranks: int = 1
     device: Literal["cpu", "cuda"] = "cpu"

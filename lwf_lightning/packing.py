@@ -74,12 +74,15 @@ def can_attend_text_by_text(model: nn.Module, tokens: int, device: torch.device 
         tokens: Tokens of the longest text.
         device: Where the model runs.
     """
+    from transformers import PreTrainedModel
+
     from lwf_lightning.decoding import can_decode  # imports transformers: seconds
 
     base = unwrapped(model)
     return (
         torch.device(device).type == "cpu"
-        and base.is_backend_compatible()
+        and isinstance(base, PreTrainedModel)
+        and base.is_backend_compatible()  # type: ignore[no-untyped-call]
         and base.config._attn_implementation == "sdpa"
         and not base.config.sub_configs  # each could have an attention of its own
         and can_decode(base, tokens)

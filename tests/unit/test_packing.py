@@ -192,6 +192,21 @@ def test_a_model_that_counts_positions_by_itself_is_found_out() -> None:
         assert not in_one_row
 
 
+def test_a_model_of_ones_own_is_padded(make_llama: Callable[..., Any]) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_llama().double()
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    model, batch = Own(), collate(AWKWARD["unequal"], 0)
+    with forward_passes(model, batch) as passes:
+        found = sum(labelled_tokens(model, part).token_losses().sum() for part in passes)
+    torch.testing.assert_close(found, losses_of_each(model.inner, AWKWARD["unequal"]).sum())
+
+
 def test_it_is_for_cpu_alone(make_llama: Callable[..., Any]) -> None:
     assert can_attend_text_by_text(make_llama(), 9, "cpu")
     assert not can_attend_text_by_text(make_llama(), 9, "cuda")
