@@ -37,7 +37,7 @@ from lwf_lightning.callbacks import fisher as refresh
 from lwf_lightning.trainer import LWFTrainer
 
 INTERVAL, STEPS, TEXTS, FORGET_BATCH = 8, 200, 256, 8
-WARM_UP = 1  # learning steps before the clock starts; the refresh is the first thing after
+WARM_UP = 1  # learning steps before the clock starts, with a refresh and an unlearning step
 BAR = 1.3
 PARTS = {"qasc": 5, "gsm8k": 25}  # of an interval, one is measured: a minute or two a round
 LEARNING, UNLEARNING, FISHER, SCORES = "learning steps", "unlearning steps", "Fisher", "scores"
@@ -108,12 +108,12 @@ class Parts:
             yield
 
 
-class OneRefresh(FisherCallback):
-    """Refreshes when the clock starts, and only then."""
+class TwoRefreshes(FisherCallback):
+    """Refreshes to warm up, and when the clock starts."""
 
     def should_refresh(self, step: int) -> bool:
-        """After the warm-up."""
-        return step == WARM_UP
+        """At the start, and after the warm-up."""
+        return step in (0, WARM_UP)
 
 
 class Measured(StepEnds):
@@ -123,10 +123,13 @@ class Measured(StepEnds):
         super().__init__()
         self.parts = parts
 
-    def on_train_batch_end(self, *arguments: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
         """Notes the time."""
-        super().on_train_batch_end(*arguments)
-        if len(self.times.clock) == WARM_UP:
+        ends_warm_up = len(self.times.clock) + 1 == WARM_UP
+        if ends_warm_up and module.schedule.unlearns:
+            module._unlearn()  # the first one makes the moments of its optimizer
+        super().on_train_batch_end(trainer, module, *arguments)
+        if ends_warm_up:
             self.parts.seconds.clear()
 
 
@@ -140,7 +143,7 @@ def run(segment: Segment, schedule: str, cache: str) -> dict[str, Seconds]:
         unlearning_interval=INTERVAL,
         unlearning_ceiling=1e9,  # no text is spared: every unlearning step is a whole one
     )
-    callback = OneRefresh(
+    callback = TwoRefreshes(
         "online",
         STEPS,
         fisher_texts=segment.texts,
