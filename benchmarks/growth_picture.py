@@ -60,6 +60,11 @@ class Curve:
         return self.slope if self.logarithmic else self.slope / self.fitted[0]
 
     @property
+    def is_step(self) -> bool:
+        """Whether no line describes it: memory rises with the first unlearning step, and once."""
+        return (self.series, self.quantity) == ("interval", "bytes")
+
+    @property
     def line(self) -> str:
         """The line in words."""
         if self.logarithmic:
@@ -114,9 +119,10 @@ def _show(axes: Axes, curves: Sequence[Curve]) -> None:
         scale = 1e-6 if curve.quantity == "bytes" else 1.0
         colour = COLOURS[curve.name]
         y, fitted = (np.array(values) * scale for values in (curve.y, curve.fitted))
-        label = f"{curve.name}: {curve.line}"
+        label = curve.name if curve.is_step else f"{curve.name}: {curve.line}"
         axes.plot(curve.x, y, "o", color=colour, markersize=5, label=label)
-        axes.plot(curve.x, fitted, "-", color=colour, linewidth=1)
+        if not curve.is_step:
+            axes.plot(curve.x, fitted, "-", color=colour, linewidth=1)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     if not curves:
         return
