@@ -19,10 +19,12 @@ class Gain:
         gain: Mean difference to the baseline, seed by seed.
         low: Lower end of the 95 % confidence interval of the gain (Student's t); NaN with one seed.
         high: Upper end.
-        p_value: Of the paired t-test, two-sided; NaN with one seed or no spread.
+        p_value: Of the paired t-test, two-sided; NaN with one seed, or if the gain is the same with
+            every seed but for rounding.
         recovered: Share of the gap between ceiling and baseline that the gain closes; None without
             a ceiling. Below 0: the method made it worse.
-        recovered_low: Lower end of its 95 % bootstrap interval over seeds.
+        recovered_low: Lower end of its 95 % bootstrap interval over seeds. NaN unless the gap's own
+            95 % interval (Student's t) lies above 0: a share of what may be nothing has no bounds.
         recovered_high: Upper end.
     """
 
@@ -86,7 +88,7 @@ def gain_over(
 def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
     if len(values) < 2:
         return float("nan"), float("nan"), float("nan")
-    if np.ptp(values) == 0:
+    if _has_no_spread(values):
         return float(values[0]), float(values[0]), float("nan")
     result = stats.ttest_1samp(values, 0.0)
     interval = result.confidence_interval(0.95)
@@ -94,22 +96,21 @@ def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _share_interval(won: np.ndarray, gap: np.ndarray) -> tuple[float, float]:
-    if len(won) < 2 or (np.ptp(won) == 0 and np.ptp(gap) == 0):
+    surely_above, _, _ = _t_interval(gap)
+    if not surely_above > 0 or (_has_no_spread(won) and _has_no_spread(gap)):
         return float("nan"), float("nan")
+    picked = np.random.default_rng(0).integers(len(won), size=(9999, len(won)))
+    won, gap = won[picked].mean(axis=1), gap[picked].mean(axis=1)
+    # A rare resample without a gap counts as beyond all others.
+    shares = np.copysign(np.inf, won)
+    np.divide(won, gap, out=shares, where=gap > 0)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return float(low), float(high)
 
-    def share(won: np.ndarray, gap: np.ndarray, axis: int) -> np.ndarray:
-        return np.asarray(won.mean(axis=axis) / gap.mean(axis=axis))
 
-    interval = stats.bootstrap(
-        (won, gap),
-        share,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=9999,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+def _has_no_spread(values: np.ndarray) -> bool:
+    """Whether values differ by the rounding of float64 at most, as differences of equals do."""
+    return bool(np.ptp(values) < 1e-12)
 
 
 def adjusted_p_values(p_values: Sequence[float]) -> list[float]:

@@ -20,7 +20,8 @@ class Line:
         cell: The cell.
         method: Key of the method.
         gain: Its figure, and its gain over the baseline.
-        adjusted_p_value: The paired test's, adjusted for all comparisons of the study.
+        adjusted_p_value: The paired test's, adjusted for all comparisons of the study. NaN for the
+            ceiling: it is no method to choose, and its gain would lower the others' values.
         forgetting: Forgetting task -> its mean accuracy before training and after, on prompts of
             the validation split, which are not among those elicited.
         seen: The same on the very prompts that were elicited, where ``data.evaluate_seen`` is set.
@@ -58,7 +59,7 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             if gain is not None:
                 found.append((cell, method, gain, runs[method], runs[study.baseline]))
     tested = [
-        float("nan") if method == study.baseline else gain.p_value
+        float("nan") if method in (study.baseline, study.ceiling) else gain.p_value
         for _, method, gain, _, _ in found
     ]
     return [

@@ -51,6 +51,33 @@ def test_one_seed_and_no_spread_have_no_interval() -> None:
     assert gain_over({0: 1.0}, {1: 1.0}) is None
 
 
+def test_equal_gains_up_to_rounding_have_no_spread() -> None:
+    gain = gain_over({0: 0.6, 1: 0.8}, {0: 0.5, 1: 0.7}, {0: 0.7, 1: 0.9})
+    assert gain is not None
+    assert (gain.low, gain.high) == pytest.approx((0.1, 0.1))
+    assert math.isnan(gain.p_value)
+    assert math.isnan(gain.recovered_low)
+
+
+@pytest.mark.parametrize("gaps", [[-0.1, 0.3, -0.1, 0.3], [-0.1, 0.1, 0.2], [0.0, 0.4]])
+def test_a_gap_that_may_be_none_gives_a_share_without_interval(gaps: list[float]) -> None:
+    zero = dict.fromkeys(range(len(gaps)), 0.0)
+    gain = gain_over({s: 0.05 + 0.01 * s for s in zero}, zero, dict(enumerate(gaps)))
+    assert gain is not None
+    assert gain.recovered == pytest.approx(gain.gain / np.mean(gaps))
+    assert math.isnan(gain.recovered_low)
+    assert math.isnan(gain.recovered_high)
+
+
+def test_a_rare_resample_without_a_gap_keeps_the_interval_finite() -> None:
+    gaps = {0: 0.0, 1: 0.3, 2: 0.3, 3: 0.3, 4: 0.3}  # one resample of 3125 has no gap at all
+    zero = dict.fromkeys(gaps, 0.0)
+    for method, share in ((gaps, 1.0), ({s: -gap for s, gap in gaps.items()}, -1.0)):
+        gain = gain_over(method, zero, gaps)
+        assert gain is not None
+        assert (gain.recovered_low, gain.recovered_high) == pytest.approx((share, share))
+
+
 def test_no_gap_no_share() -> None:
     gain = gain_over({0: 0.7}, {0: 0.5}, {0: 0.4})
     assert gain is not None
