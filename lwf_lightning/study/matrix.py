@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,8 +104,13 @@ def best_setting(
 ) -> dict[str, Any] | None:
     """The setting with the best mean validation figure; the first one of equals.
 
+    The figure is the last one that the trial's curve holds; NaN counts as the worst there is.
+
     Returns:
         None as long as a trial has no record.
+
+    Raises:
+        ValueError: If a trial logged no such figure; names ``tuning.figure`` and the trial.
     """
     settings = settings_of(study, method)
     if study.tuning is None or len(settings) == 1:
@@ -118,8 +124,18 @@ def best_setting(
         ]
         if any(record is None for record in found):
             return None
-        means.append(fmean(record["validation"] for record in found if record is not None))
+        means.append(fmean(_judged(r, study.tuning.figure) for r in found if r is not None))
     return settings[max(range(len(settings)), key=means.__getitem__)]
+
+
+def _judged(trial: Record, figure: str) -> float:
+    curves = trial["curves"]
+    if figure not in curves:
+        raise ValueError(
+            f"tuning.figure: trial {trial['run']} has no {figure}, only {', '.join(curves)}"
+        )
+    value = float(curves[figure][1][-1])
+    return -math.inf if math.isnan(value) else value
 
 
 def _runs(

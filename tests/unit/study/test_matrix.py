@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from lwf_lightning.study.config import Method, Study, Tuning
-from lwf_lightning.study.matrix import comparison_runs, settings_of, tuning_runs
+from lwf_lightning.study.matrix import Run, comparison_runs, settings_of, tuning_runs
 from lwf_lightning.study.overlay import looked_up, overlaid
 
 BASE = {
@@ -48,6 +49,15 @@ def make(base: str, **options: Any) -> Study:
         "seeds": [0, 1],
     }
     return Study(base=base, **(defaults | options))
+
+
+def trial(run: Run, accuracy: float, **curves: list[float]) -> dict[str, Any]:
+    """What tuning reads of a record."""
+    values = {"val/accuracy": [0.0, accuracy]} | {f"val/{name}": v for name, v in curves.items()}
+    return {
+        "run": run.identity,
+        "curves": {name: [list(range(len(own))), own] for name, own in values.items()},
+    }
 
 
 def test_a_path_leads_through_arguments_and_lists_of_classes() -> None:
@@ -119,15 +129,36 @@ def test_the_best_mean_validation_figure_is_chosen_for_each_cell(base: str) -> N
         hit = setting["model.learning_rate"] == best[cells[0]]
         return (0.9 if hit else 0.5) + (0.3 if seed == 7 and not hit else 0.0)
 
-    records = [
-        {"run": run.identity, "validation": validation(run.cells, run.setting, run.seed)}
-        for run in trials
-    ]
+    records = [trial(run, validation(run.cells, run.setting, run.seed)) for run in trials]
     runs = comparison_runs(study, records)
     assert {c: run.setting["model.learning_rate"] for run in runs for c in run.cells} == best
     missing = [record for record in records if record["run"] != trials[0].identity]
     untuned = {run.method for run in comparison_runs(study, missing) if "a-b" in run.cells}
     assert untuned == {"lwf"}  # vanilla lacks a trial
+
+
+def test_tuning_chooses_by_the_figure_that_is_asked_for_now(base: str) -> None:
+    tuning = Tuning(seeds=[7], figure="val/other")
+    study = make(base, methods={"vanilla": Method(space={"model.lr": [1, 2]})}, tuning=tuning)
+    records = [
+        trial(run, run.setting["model.lr"], other=[0.0, -run.setting["model.lr"]])
+        for run in tuning_runs(study)
+    ]
+    assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {1}
+    other = make(base, methods=study.methods, tuning=Tuning(seeds=[7], figure="val/nothing"))
+    with pytest.raises(ValueError, match=r"tuning\.figure: .*no val/nothing, only .*val/other"):
+        comparison_runs(other, records)
+
+
+@pytest.mark.parametrize("order", [[1, 2], [2, 1]])
+def test_a_trial_that_diverged_is_not_chosen(base: str, order: list[int]) -> None:
+    methods = {"vanilla": Method(space={"model.lr": order})}
+    study = make(base, methods=methods, tuning=Tuning(seeds=[7, 8]))
+    records = [
+        trial(run, math.nan if run.setting["model.lr"] == 1 and run.seed == 7 else 0.1)
+        for run in tuning_runs(study)
+    ]
+    assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
 
 
 @pytest.mark.parametrize(
