@@ -20,7 +20,7 @@ from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
-from lwf_lightning.study.matrix import Run, comparison_runs, tuning_runs
+from lwf_lightning.study.matrix import Run, asked_for, comparison_runs, tuning_runs
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.planted import with_found_figures
 from lwf_lightning.study.results import read_records
@@ -91,8 +91,11 @@ def missing_runs(study: Study) -> list[Run]:
 
 
 def report(study: Study, console: Console) -> None:
-    """Writes tables, figures and page from the records, and says where they are."""
-    records = with_found_figures(study, read_records(results_file(study)))
+    """Writes tables, figures and page from the study's records, and says where they are."""
+    recorded = read_records(results_file(study))
+    records = with_found_figures(study, asked_for(study, recorded))
+    if others := len(recorded) - len(records):
+        console.print(f"{others} records that the study no longer asks for are left out.")
     lines = summarize(study, records)
     if not lines:
         console.print("Nothing to compare yet: no run of the comparison is recorded.")

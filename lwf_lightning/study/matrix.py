@@ -99,6 +99,20 @@ def comparison_runs(study: Study, records: Iterable[Record]) -> list[Run]:
     ]
 
 
+def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
+    """The records of the runs that the study has now, with their stage, cells and setting in it.
+
+    What else is recorded, such as a setting that tuning no longer chooses or a seed that was
+    dropped, is left out.
+    """
+    by_run = {record["run"]: record for record in records}
+    return [
+        {**record, "stage": run.stage, "cells": list(run.cells), "setting": dict(run.setting)}
+        for run in [*tuning_runs(study), *comparison_runs(study, by_run.values())]
+        if (record := by_run.get(run.identity)) is not None
+    ]
+
+
 def best_setting(
     study: Study, method: str, cell: str, by_run: Mapping[str, Record]
 ) -> dict[str, Any] | None:

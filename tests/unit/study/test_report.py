@@ -1,0 +1,109 @@
+"""A report counts what the study asks for now, whatever else is recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from lwf_lightning.study.command import missing_runs, report
+from lwf_lightning.study.config import Method, Study, Tuning
+from lwf_lightning.study.matrix import Run, asked_for
+from lwf_lightning.study.results import append_record, read_records
+from lwf_lightning.study.workers import results_file
+
+FORGOTTEN = "data.forgetting_tasks"
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, Any]:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"model": {"lr": 1.0}, "data": {"learning_task": "a"}}))
+    return {
+        "name": "small",
+        "base": str(base),
+        "output": str(tmp_path),
+        "methods": {
+            "vanilla": Method(uses_forgetting=False),
+            "lwf": Method(space={"model.lr": [1.0, 2.0]}),
+        },
+        "cells": {"a-b": {FORGOTTEN: ["b"]}, "a-c": {FORGOTTEN: ["c"]}},
+        "seeds": [0, 1],
+        "tuning": Tuning(trials=2, seeds=[7]),
+    }
+
+
+def record(study: Study, run: Run, best: float) -> None:
+    """Trials of one learning rate are the best; a test figure tells learning rate and seed."""
+    rate = run.setting.get("model.lr", 1.0)
+    log = str(study.folder / "runs" / run.identity)
+    append_record(
+        results_file(study),
+        {
+            "run": run.identity, "stage": run.stage, "cells": list(run.cells), "seed": run.seed,
+            "method": run.method, "setting": dict(run.setting), "seconds": 1.0, "peak_memory": 1,
+            "figures": {"test/accuracy": rate / 10 + run.seed / 100}, "folder": log, "log": log,
+            "curves": {"val/accuracy": [[1], [0.9 if rate == best else 0.5]]},
+            "commit": "c", "versions": {}, "command": "fit",
+        },
+    )  # fmt: skip
+
+
+def perform(study: Study, best: float = 2.0) -> None:
+    while runs := missing_runs(study):
+        for run in runs:
+            record(study, run, best)
+
+
+def counted(study: Study, cell: str = "a-b") -> list[tuple[str, int, float]]:
+    """Method, seed and learning rate of the comparison records of a cell."""
+    return sorted(
+        (r["method"], r["seed"], r["setting"].get("model.lr", 0.0))
+        for r in asked_for(study, read_records(results_file(study)))
+        if r["stage"] == "comparison" and cell in r["cells"]
+    )
+
+
+def test_another_choice_of_tuning_leaves_the_old_runs_out(given: dict[str, Any]) -> None:
+    perform(Study(**given))
+    study = Study(**given | {"tuning": Tuning(trials=2, seeds=[7, 8])})
+    perform(study, best=1.0)  # the new seed makes both equal, and the first is chosen
+    assert [found for found in counted(study) if found[0] == "lwf"] == [
+        ("lwf", 0, 1.0),
+        ("lwf", 1, 1.0),
+    ]
+    console = Console(record=True, width=200)
+    report(study, console)
+    assert "4 records that the study no longer asks for are left out" in console.export_text()
+    assert "| lwf | 2 | 10.5 |" in (study.folder / "results.md").read_text()
+    # two seeds of lwf in each of two cells and two of vanilla for both; twice as many trials of lwf
+    page = (study.folder / "index.html").read_text()
+    assert "6 runs compared and 10 for tuning" in page
+
+
+def test_seeds_may_be_dropped_or_turn_from_tuning_to_comparison(given: dict[str, Any]) -> None:
+    perform(Study(**given))
+    study = Study(**given | {"seeds": [1]})
+    assert {seed for _, seed, _ in counted(study)} == {1}
+    methods = {"vanilla": Method(uses_forgetting=False)}
+    study = Study(**given | {"seeds": [7], "tuning": None, "methods": methods})
+    assert missing_runs(study) == []
+    assert counted(study) == [("vanilla", 7, 0.0)]
+
+
+def test_an_added_cell_takes_its_share_of_runs_that_are_there(given: dict[str, Any]) -> None:
+    perform(Study(**given))
+    mixed = {FORGOTTEN: ["b", "c"]}  # what runs that do not forget are evaluated on already
+    study = Study(**given | {"cells": given["cells"] | {"mixed": mixed}})
+    perform(study)
+    assert [method for method, _, _ in counted(study, "mixed")] == ["lwf", "lwf"] + 2 * ["vanilla"]
+
+
+def test_runs_of_a_cell_that_was_dropped_are_left_out(given: dict[str, Any]) -> None:
+    perform(Study(**given))
+    study = Study(**given | {"cells": {"a-b": given["cells"]["a-b"]}})
+    cells = [r["cells"] for r in asked_for(study, read_records(results_file(study)))]
+    assert cells == [["a-b"]] * 4  # two trials of lwf and their comparison; vanilla's are others
