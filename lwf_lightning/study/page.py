@@ -52,8 +52,8 @@ def write_page(
         "<p>Gains are differences to the baseline, seed by seed, in points of "
         f"<code>{html.escape(study.figure)}</code>, with 95&nbsp;% intervals of Student's t; p is "
         "of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons of the "
-        "study, without the ceiling. The share of the gap has a bootstrap interval over seeds where "
-        "the gap's own interval lies above 0. Time and memory are multiples of the baseline's "
+        "study, without the ceiling. The share of the gap has a bootstrap interval over seeds "
+        "if the gap's own interval lies above 0. Time and memory are multiples of the baseline's "
         "medians.</p>",
     ]
     if MAP in pictures:
