@@ -49,8 +49,8 @@ class AscentGuard(L.Callback):
        step is undone (the weights are put back, the moments of unlearning's AdamW dropped), and
        unlearning's learning rate is multiplied by ``damping``. ``max_undone`` of these in a row
        stop unlearning.
-    2. All steps since the last learning step together raised the watched loss by more than
-       ``max_rise``: the last one is undone, and there is no other before that learning step.
+    2. All steps since the last learning step together (a burst) raised the watched loss by more
+       than ``max_burst_rise``: the last is undone, and there is no other before that learning step.
     3. The gradient norm of unlearning is above ``max_spike``: the step is not taken, and damped as
        in 1.
     4. The watched loss before a step, or ``val/loss``, is above its lowest by more than
@@ -70,6 +70,8 @@ class AscentGuard(L.Callback):
     Args:
         max_rise: Highest rise of the learning task's validation loss, as a share of the loss or of
             1 nat, whichever is more.
+        max_burst_rise: The same for all unlearning steps between two learning steps together: far
+            more, because many steps ahead of a task that is not learned yet do no harm to it.
         max_jump: Highest rise of the unlearned texts' mean negative log-likelihood in one step,
             nats per token.
         max_move: Highest change of the trainable weights in one step, as a share of their norm.
@@ -97,6 +99,7 @@ class AscentGuard(L.Callback):
     def __init__(
         self,
         max_rise: float = 0.1,
+        max_burst_rise: float = 1.0,
         max_jump: float = 5.0,
         max_move: float = 0.1,
         max_spike: float = 100.0,
@@ -123,6 +126,7 @@ class AscentGuard(L.Callback):
                 raise ValueError(f"AscentGuard.{name} must be at least 1, got {count}")
         self.limits = GuardLimits(
             max_rise,
+            max_burst_rise,
             max_jump,
             max_move,
             max_spike,
@@ -221,8 +225,9 @@ class AscentGuard(L.Callback):
             or limit_breach("the unlearned texts' rise in loss", jump, limits.max_jump)
             or rise_breach("the watched loss after a step", self._loss, loss, limits.max_rise)
         )
-        # Many small steps add up, so the burst as a whole has to keep within the limit, too.
-        total = rise_breach("the watched loss", self._burst_start, loss, limits.max_rise)
+        # Many small steps add up, so the burst as a whole has a limit, too.
+        signal = "the watched loss after a burst"
+        total = rise_breach(signal, self._burst_start, loss, limits.max_burst_rise)
         rise = loss - self._loss
         self._log(
             {

@@ -21,6 +21,7 @@ class GuardLimits:
     Attributes:
         max_rise: Highest rise of the learning task's validation loss, as a share of the loss or of
             1 nat, whichever is more; above 0.
+        max_burst_rise: The same for all unlearning steps between two learning steps together.
         max_jump: Highest rise of the unlearned texts' mean negative log-likelihood in one step, in
             nats per token; above 0.
         max_move: Highest change of the weights in one step, as a share of their norm; above 0.
@@ -38,6 +39,7 @@ class GuardLimits:
     """
 
     max_rise: float = 0.1
+    max_burst_rise: float = 1.0
     max_jump: float = 5.0
     max_move: float = 0.1
     max_spike: float = 100.0
@@ -51,6 +53,7 @@ class GuardLimits:
     def __post_init__(self) -> None:
         ranges = {
             "max_rise": (self.max_rise > 0, "above 0"),
+            "max_burst_rise": (self.max_burst_rise > 0, "above 0"),
             "max_jump": (self.max_jump > 0, "above 0"),
             "max_move": (self.max_move > 0, "above 0"),
             "max_spike": (self.max_spike > 1, "above 1"),

@@ -151,6 +151,23 @@ def test_lost_fluency_pauses_and_then_stops(fit: Make, monkeypatch: pytest.Monke
     assert module.unlearning_steps == 1
 
 
+def test_a_burst_may_raise_the_watched_loss_further_than_one_step(
+    fit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lwf_lightning.callbacks.guard_signals import GuardSignals
+
+    def rests(guard: AscentGuard) -> list[int]:
+        losses = (2 + 0.1 * number for number in range(10))  # before the burst and after each step
+        monkeypatch.setattr(GuardSignals, "watched_loss", lambda _: next(losses))
+        options = {"schedule": "ahead", "ahead_steps": 6, "unlearning_scale": 0.01}
+        _, module, _ = fit(guard, options, max_steps=2)
+        assert module.unlearning_steps == (5 if guard.state.records else 6)
+        return [row["unlearning_step"] for row in guard.state.records]
+
+    assert rests(AscentGuard()) == []  # 2.6 in the end, a tenth of 2 in no step
+    assert rests(AscentGuard(max_burst_rise=0.22)) == [5]
+
+
 def test_an_undone_step_leaves_no_trace_in_an_adapter(fit: Make) -> None:
     from peft import LoraConfig
 
