@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from lwf_lightning.files import locked
@@ -32,6 +35,10 @@ def results_file(study: Study) -> Path:
     return study.folder / "results.jsonl"
 
 
+def _output_file(study: Study, run: Run) -> Path:
+    return study.folder / "runs" / run.identity / "output.txt"
+
+
 def perform_once(study: Study, run: Run) -> str:
     """Performs a run unless it is recorded or another worker, on any machine, is at it.
 
@@ -40,19 +47,18 @@ def perform_once(study: Study, run: Run) -> str:
     Returns:
         ``done``, ``recorded``, ``taken``, or what went wrong.
     """
-    folder = study.folder / "runs" / run.identity
-    with locked(folder / "claim.lock", wait=False) as held:
+    output = _output_file(study, run)
+    with locked(output.with_name("claim.lock"), wait=False) as held:
         if not held:
             return "taken"
         if any(record["run"] == run.identity for record in read_records(results_file(study))):
             return "recorded"
-        with _output_to(folder / "output.txt"):
+        with _output_to(output):
             try:
-                record = perform(study, run)
+                append_record(results_file(study), perform(study, run))
             except (Exception, SystemExit) as error:  # one failed run must not end the study
                 traceback.print_exc()
-                return f"failed: {type(error).__name__}: {error} (see {folder / 'output.txt'})"
-        append_record(results_file(study), record)
+                return f"failed: {type(error).__name__}: {error} (see {output})"
         return "done"
 
 
@@ -83,7 +89,9 @@ def perform_all(
     threads: int,
     told: Callable[[Run, str], None],
 ) -> None:
-    """Performs runs in fresh processes, several at a time.
+    """Performs runs, each in a process of its own, several at a time.
+
+    A process that the system ends, for lack of memory perhaps, fails its own run alone.
 
     Args:
         study: The study.
@@ -91,17 +99,51 @@ def perform_all(
         workers: Processes at a time.
         threads: Threads of each.
         told: Called with each run and the outcome of :func:`perform_once`, as they end.
+
+    Raises:
+        ValueError: If there are no workers.
     """
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
     context = multiprocessing.get_context("forkserver")  # imports once, a clean process per run
     context.set_forkserver_preload(list(_IMPORTED))
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # of torch, and of tokenizers
         os.environ[name] = str(threads)
-    pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
-    with pool:
-        waiting: dict[Future[str], Run] = {
-            pool.submit(perform_once, study, run): run for run in runs
-        }
-        while waiting:
-            ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ended:
-                told(waiting.pop(future), future.result())
+    waiting = iter(runs)
+    at_work: dict[Connection, tuple[Run, ForkServerProcess]] = {}
+    while True:
+        for run in islice(waiting, workers - len(at_work)):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send_outcome, args=(study, run, sender))
+            process.start()
+            sender.close()  # the only one is the process's now, so that receiving ends with it
+            at_work[receiver] = run, process
+        if not at_work:
+            return
+        ready = wait(list(at_work))
+        for receiver in [receiver for receiver in at_work if receiver in ready]:
+            run, process = at_work.pop(receiver)
+            with receiver:
+                outcome = _outcome(receiver)
+            process.join()
+            told(run, outcome or f"failed: {_end_of(process)} (see {_output_file(study, run)})")
+
+
+def _send_outcome(study: Study, run: Run, sender: Connection) -> None:
+    sender.send(perform_once(study, run))
+
+
+def _outcome(receiver: Connection) -> str | None:
+    """What a worker tells in the end; None if it ended before."""
+    try:
+        return str(receiver.recv())
+    except (EOFError, OSError):  # before it said anything, or in the middle
+        return None
+
+
+def _end_of(process: ForkServerProcess) -> str:
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"its process ended with exit code {code}"
+    why = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
+    return f"its process was ended by signal {-code}, {signal.strsignal(-code)}{why}"

@@ -1,0 +1,84 @@
+"""One run's end is not the study's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lwf_lightning.study import workers
+from lwf_lightning.study.config import Method, Study
+from lwf_lightning.study.matrix import Run
+from lwf_lightning.study.results import append_record
+from lwf_lightning.study.workers import perform_all, perform_once, results_file
+
+
+class Named(Run):
+    """A run of a given name; ``killed`` and ``left`` end a worker that asks for it."""
+
+    @property
+    def identity(self) -> str:
+        in_worker = multiprocessing.parent_process() is not None
+        if in_worker and self.method == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory is short
+        if in_worker and self.method == "left":
+            os._exit(3)
+        return self.method
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    methods = {"vanilla": Method()}
+    return Study("small", "none.yaml", methods, {"a": {}}, [0], output=str(tmp_path))
+
+
+def named(name: str) -> Run:
+    return Named("comparison", ("a",), name, 0, {}, {})
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are there sooner, and the environment as it was."""
+    monkeypatch.setattr(workers, "_IMPORTED", workers._IMPORTED[:1])
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_a_worker_that_is_ended_fails_its_own_run_alone(study: Study, at_a_time: int) -> None:
+    names = ["a", "killed", "b", "left", "c"]
+    for name in "abc":
+        append_record(results_file(study), {"run": name})
+    told: dict[str, str] = {}
+
+    def tell(run: Run, outcome: str) -> None:
+        assert run.method not in told
+        told[run.method] = outcome
+
+    perform_all(study, [named(name) for name in names], workers=at_a_time, threads=1, told=tell)
+    assert {told.pop(name) for name in "abc"} == {"recorded"}
+    assert told.pop("killed").startswith("failed: its process was ended by signal 9")
+    assert told.pop("left").startswith("failed: its process ended with exit code 3")
+    assert not told
+
+
+def test_a_record_that_cannot_be_written_fails_its_run(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, record: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(workers, "perform", lambda study, run: {"run": run.identity})
+    monkeypatch.setattr(workers, "append_record", full)
+    outcome = perform_once(study, named("a"))
+    assert outcome.startswith("failed: OSError: No space left on device (see ")
+
+
+def test_no_workers_are_refused(study: Study) -> None:
+    with pytest.raises(ValueError, match="--workers must be at least 1, got 0"):
+        perform_all(study, [], workers=0, threads=1, told=lambda run, outcome: None)
