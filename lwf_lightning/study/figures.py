@@ -177,7 +177,7 @@ def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         axes.axvline(1, color="black", lw=1, ls="--")
         axes.set_xlabel(f"{title}, multiple of {study.label(study.baseline)}", fontsize=8)
-        axes.set_xlim(0, 1.15 * max(values))
+        axes.set_xlim(0, 1.15 * max((v for v in values if not math.isnan(v)), default=1.0))
     left.invert_yaxis()
     return figure
 

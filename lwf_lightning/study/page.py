@@ -54,7 +54,7 @@ def write_page(
         "of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons of the "
         "study, without the ceiling. The share of the gap has a bootstrap interval over seeds "
         "if the gap's own interval lies above 0. Time and memory are multiples of the baseline's "
-        "medians.</p>",
+        "medians, over runs that were not resumed.</p>",
     ]
     if MAP in pictures:
         body.append(f"<h2>{MAP}</h2>" + _picture(MAP, pictures[MAP]))
@@ -105,7 +105,13 @@ def _provenance(study: Study, records: Sequence[Record]) -> str:
 
 def _commands(records: Sequence[Record]) -> str:
     rows = [
-        (r["method"], str(r["seed"]), r["stage"], f"{r['seconds']:.0f} s", r["command"])
+        (
+            r["method"],
+            str(r["seed"]),
+            r["stage"],
+            f"{r['seconds']:.0f} s" + (" (since it was resumed)" if r.get("resumed") else ""),
+            r["command"],
+        )
         for r in records
     ]
     table = _table(("method", "seed", "stage", "time", "command"), rows)

@@ -38,8 +38,9 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
 
     Returns:
         The record: what was run and how, figures of the test split, curves of the validation
-        split, ``area`` and ``precision`` where knowledge was planted, seconds, and the most memory
-        that the process held during the run, in bytes.
+        split, ``area`` and ``precision`` where knowledge was planted, whether the fit went on from
+        a checkpoint, and of this process the seconds of the fit and the most memory that it held
+        during the run, in bytes: of a resumed run those of its last part alone.
 
     Raises:
         ValueError: If the fit logged no validation figure to choose by.
@@ -52,6 +53,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     start = time.perf_counter()
     cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
     seconds = time.perf_counter() - start
+    resumed = cli.trainer.ckpt_path is not None  # asked before the test, which takes none
     cli.datamodule.evaluate_forgetting = False  # the fit's validation has told of those
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
@@ -78,6 +80,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         "validation": curves[chosen_by][1][-1],
         "curves": curves,
         **found_figures(study, log),
+        "resumed": resumed,
         "seconds": seconds,
         "peak_memory": peak_memory(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -27,8 +28,9 @@ class Line:
         seen: The same on the very prompts that were elicited, where ``data.evaluate_seen`` is set.
         found: ``area`` and ``precision`` where knowledge was planted and scored, mean over
             seeds.
-        seconds: Median time of a run, as a multiple of the baseline's.
-        memory: Median peak memory of a run, as a multiple of the baseline's.
+        seconds: Median time of a run, as a multiple of the baseline's; runs that were interrupted
+            and resumed count in neither, and NaN means that one of the two has no others.
+        memory: Median peak memory of a run, in the same way.
         setting: What tuning chose.
     """
 
@@ -103,4 +105,6 @@ def _found(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _multiple(name: str, own: Sequence[Record], baseline: Sequence[Record]) -> float:
-    return float(median(r[name] for r in own) / median(r[name] for r in baseline))
+    # A resumed run knows of its last process alone; records from before say nothing of it.
+    known = [[r[name] for r in records if not r.get("resumed")] for records in (own, baseline)]
+    return float(median(known[0]) / median(known[1])) if all(known) else math.nan

@@ -44,8 +44,7 @@ def cells_of(study: Study, line: Line) -> tuple[str, ...]:
         ""
         if is_baseline or gain.recovered is None
         else _interval(gain.recovered, gain.recovered_low, gain.recovered_high, ".2f"),
-        f"{line.seconds:.2f}",
-        f"{line.memory:.2f}",
+        *("" if math.isnan(value) else f"{value:.2f}" for value in (line.seconds, line.memory)),
         ", ".join(
             f"{path.split('.')[-1]} {value:g}"
             if isinstance(value, float)

@@ -11,8 +11,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from lwf_lightning.study import perform
 from lwf_lightning.study.command import main, missing_runs, report
 from lwf_lightning.study.config import Method, Study, Tuning
+from lwf_lightning.study.results import read_records
 from lwf_lightning.study.workers import perform_once, results_file
 
 
@@ -83,6 +85,19 @@ def test_a_failed_run_says_where_to_look_and_leaves_no_record(study: Study) -> N
     assert outcome.startswith("failed: ")
     assert "output.txt" in outcome
     assert not results_file(broken).exists()
+
+
+def test_the_record_of_a_run_that_was_interrupted_says_so(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = missing_runs(study)[0]
+    with monkeypatch.context() as broken:
+        broken.setattr(perform, "read_curves", None)  # after the fit
+        assert perform_once(study, run).startswith("failed: TypeError")
+    assert perform_once(study, run) == "done"
+    other = missing_runs(study)[0]
+    assert perform_once(study, other) == "done"
+    assert [record["resumed"] for record in read_records(results_file(study))] == [True, False]
 
 
 def test_errors_of_the_command_are_one_line(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lwf_lightning.study.config import Method, Study
+from lwf_lightning.study.figures import costs
 from lwf_lightning.study.statistics import adjusted_p_values, gain_over
 from lwf_lightning.study.summary import summarize
 from lwf_lightning.study.tables import HEADINGS, cells_of
@@ -48,3 +49,23 @@ def test_p_is_adjusted_for_the_methods_and_the_ceiling_is_none_of_them() -> None
     shown = dict(zip(HEADINGS, cells_of(study, lines["twin"]), strict=True))
     assert shown["p, adjusted"] == ""
     assert shown["gain, points [95 % interval]"].startswith("+41.0 [")
+
+
+def test_time_and_memory_are_those_of_runs_that_were_not_interrupted() -> None:
+    study = make()
+    found = records()
+    for record in found:
+        if record["method"] == "one":
+            record |= {"seconds": 3.0, "peak_memory": 2, "resumed": False}
+        if record["method"] == "two" or (record["method"] == "vanilla" and record["seed"] > 0):
+            record |= {"seconds": 0.1, "peak_memory": 0.1, "resumed": True}
+    lines = {line.method: line for line in summarize(study, found)}
+    assert (lines["one"].seconds, lines["one"].memory) == (3.0, 2.0)
+    assert lines["vanilla"].seconds == 1.0
+    assert math.isnan(lines["two"].seconds)
+    shown = dict(zip(HEADINGS, cells_of(study, lines["two"]), strict=True))
+    assert (shown["time"], shown["memory"]) == ("", "")
+    figure = costs(study, list(lines.values()))
+    assert figure is not None
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(1.15 * 3)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.00", "3.00", "", "1.00"]
