@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-install: $(VENV)/installed ## Make .venv and install the package with all it needs
+install: $(VENV)/installed ## Make .venv and install the package with all it needs (PyTorch's build: README)
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
