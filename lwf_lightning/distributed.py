@@ -60,6 +60,22 @@ def check_strategy_flag(strategy: str | Strategy, world_size: int) -> None:
             )
 
 
+def check_precision_flag(precision: str | int | None) -> None:
+    """Refuses float16, for which on a CPU Lightning would take bfloat16 instead.
+
+    Args:
+        precision: ``trainer.precision`` as given.
+
+    Raises:
+        ValueError: For float16, mixed or not.
+    """
+    if str(precision).startswith("16"):
+        raise ValueError(
+            f"trainer.precision {precision} is not supported: its loss scaling does not reach "
+            "unlearning steps. Set it to bf16-mixed or bf16-true"
+        )
+
+
 def check_strategy(trainer: L.Trainer) -> None:
     """Refuses a strategy under which the run would be wrong, before anything is loaded.
 
@@ -69,11 +85,7 @@ def check_strategy(trainer: L.Trainer) -> None:
     strategy = trainer.strategy
     name, world_size = type(strategy).__name__, trainer.num_devices * trainer.num_nodes
     check_strategy_flag(strategy, world_size)
-    if str(trainer.precision).startswith("16"):
-        raise ValueError(
-            f"trainer.precision {trainer.precision} is not supported: its loss scaling "
-            "does not reach unlearning steps. Set it to bf16-mixed or bf16-true"
-        )
+    check_precision_flag(trainer.precision)
     if isinstance(strategy, ModelParallelStrategy):
         _check_model_parallel(strategy, world_size)
     elif isinstance(strategy, DDPStrategy):

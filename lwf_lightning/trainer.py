@@ -20,7 +20,11 @@ from lwf_lightning.callbacks.guard import AscentGuard
 from lwf_lightning.callbacks.progress import PhaseProgressBar
 from lwf_lightning.checkpoint_io import WholeCheckpointIO
 from lwf_lightning.datamodule import LWFDataModule
-from lwf_lightning.distributed import check_strategy, check_strategy_flag
+from lwf_lightning.distributed import (
+    check_precision_flag,
+    check_strategy,
+    check_strategy_flag,
+)
 from lwf_lightning.files import require_free
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.report import score_rows, write_jsonl
@@ -90,6 +94,7 @@ class LWFTrainer(L.Trainer):
     ) -> None:
         sizes = [kwargs.get(name) for name in ("devices", "num_nodes")]
         check_strategy_flag(strategy, prod(size for size in sizes if isinstance(size, int)))
+        check_precision_flag(kwargs.get("precision"))
         for flag, (default, instead) in _INSTEAD.items():
             if kwargs.get(flag) not in (None, default):
                 raise ValueError(f"trainer.{flag} belongs to automatic optimization: set {instead}")

@@ -156,6 +156,7 @@ MISTAKES = {
     "--model.init_args.unlearning_interval 0": "unlearning_interval must be at least 1",
     "--model.init_args.schedule never --ckpt_path missing.ckpt": "missing.ckpt",
     "--trainer.precision 16-true": "trainer.precision 16-true is not supported",
+    "--trainer.precision 16-mixed": "trainer.precision 16-mixed is not supported",
     "--trainer.precision bf17": "--trainer.precision: ",
     "--trainer.gradient_clip_val 1": "set model.init_args.max_grad_norm",
     "--trainer.accumulate_grad_batches 4": "set model.init_args.tokens_per_pass",
