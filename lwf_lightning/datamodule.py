@@ -117,6 +117,8 @@ class LWFDataModule(EvaluationDataMixin):
         self.forgetting_tasks = forgetting_tasks or []
         self.data_dir = data_dir
         self.source: Source = source
+        self.custom_tasks = custom_tasks
+        self.choice_style = choice_style
         self.chat_template = chat_template
         self.max_length = max_length
         self.batch_size = batch_size

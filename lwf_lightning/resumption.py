@@ -144,7 +144,7 @@ class CheckpointConnector(_CheckpointConnector):
             # Before anything else is there, so that a run is known from its first moment.
             first = trainer.loggers[0] if trainer.loggers else None
             folder = getattr(first, "log_dir", None) or trainer.default_root_dir
-            begin_run(Path(folder), configuration(trainer.lightning_module, trainer.datamodule))
+            begin_run(Path(folder), self._configuration())
         return path
 
     def _parse_ckpt_path(
@@ -163,13 +163,11 @@ class CheckpointConnector(_CheckpointConnector):
 
     def _last(self, state_fn: TrainerFn) -> Path | None:
         trainer: Any = self.trainer
-        root = Path(trainer.default_root_dir)
-        run = newest_run(root, configuration(trainer.lightning_module, trainer.datamodule))
-        path = None if run is None else self._newest_of(run)
         if step_checkpoint(trainer) is None or state_fn != TrainerFn.FITTING:  # no run to go on
-            if path is None:
-                raise ValueError(f"--ckpt_path last: {root} has no run of this configuration")
-            return path
+            return self.last_checkpoint(trainer.lightning_module, trainer.datamodule)
+        root = Path(trainer.default_root_dir)
+        run = newest_run(root, self._configuration())
+        path = None if run is None else self._newest_of(run)
         if run is None:
             rank_zero_warn(
                 f"--ckpt_path last: there is no run of this configuration in {root}: one begins"
@@ -182,6 +180,24 @@ class CheckpointConnector(_CheckpointConnector):
         where = "from the beginning" if path is None else f"from {path.name}"
         rank_zero_info(f"The run in {run} goes on {where}")
         return path
+
+    def last_checkpoint(self, module: Any, datamodule: Any) -> Path:
+        """The last checkpoint of the newest run of a configuration, to be looked at.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        trainer: Any = self.trainer
+        root = Path(trainer.default_root_dir)
+        run = newest_run(root, configuration(trainer, module, datamodule))
+        path = None if run is None else self._newest_of(run)
+        if path is None:
+            raise ValueError(f"--ckpt_path last: {root} has no run of this configuration")
+        return path
+
+    def _configuration(self) -> dict[str, Any]:
+        trainer: Any = self.trainer
+        return configuration(trainer, trainer.lightning_module, trainer.datamodule)
 
     def _newest_of(self, run: Path) -> Path | None:
         path = last_whole_checkpoint(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,10 +31,22 @@ _FREE = {
 
 
 def configuration(
-    module: L.LightningModule, datamodule: L.LightningDataModule | None
+    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None
 ) -> dict[str, Any]:
-    """What tells one run from another: the arguments of module and data, but for ``_FREE``."""
-    values = {f"model.init_args.{name}": value for name, value in module.hparams.items()}
+    """What tells one run from another.
+
+    Seed, precision, what callbacks name as ``run_arguments``, and the arguments of module and data,
+    but for ``_FREE``.
+    """
+    values = {
+        "seed_everything": os.environ.get("PL_GLOBAL_SEED"),  # where Lightning keeps it
+        "trainer.precision": trainer.precision,
+    }
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = f"trainer.callbacks.{type(callback).__name__}"
+        for argument, value in getattr(callback, "run_arguments", {}).items():
+            values[f"{name}.{argument}"] = value
+    values |= {f"model.init_args.{name}": value for name, value in module.hparams.items()}
     if datamodule is not None:
         for name in inspect.signature(type(datamodule).__init__).parameters:
             if hasattr(datamodule, name):

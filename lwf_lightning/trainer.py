@@ -134,7 +134,7 @@ class LWFTrainer(L.Trainer):
             self.strategy.checkpoint_io = WholeCheckpointIO()
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = StepLoop(self, loop.min_steps, loop.max_steps)
-        self._checkpoint_connector = CheckpointConnector(self)
+        self._checkpoint_connector: CheckpointConnector = CheckpointConnector(self)
         self._signal_connector = SignalConnector(self)
 
     def elicit(
@@ -271,6 +271,8 @@ class LWFTrainer(L.Trainer):
             raise ValueError(
                 "model.init_args.schedule is 'never': there is nothing to elicit or to score"
             )
+        if ckpt_path == "last":  # looked up while all callbacks are there
+            ckpt_path = str(self._checkpoint_connector.last_checkpoint(model, datamodule))
         # Nothing is trained or validated, so nothing may be logged, saved or exported either.
         self.callbacks: list[L.Callback] = [
             *(c for c in self.callbacks if isinstance(c, (FisherCallback, ProgressBar))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -163,6 +164,13 @@ class FisherCallback(L.Callback):
         self.refreshed_at = -1
         self.tensors_file: str | None = None
         self._base_weights: dict[str, Tensor] | None = None
+
+    @property
+    def run_arguments(self) -> dict[str, Any]:
+        """The arguments that change the result, so that with others it is another run."""
+        free = {"probe_folder", "batch_size", "save_tensors", "learning_batches", "forget_batches"}
+        names = inspect.signature(FisherCallback).parameters.keys() - free
+        return {name: getattr(self, name) for name in names}
 
     def should_refresh(self, step: int) -> bool:
         """Whether to refresh before a learning step; override it for another timing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,6 +146,12 @@ class AscentGuard(L.Callback):
         self.state = GuardState()
         self._burst = -1  # the learning step before which unlearning goes on
         self._burst_start = self._loss = 0.0  # watched losses: before the burst, and now
+
+    @property
+    def run_arguments(self) -> dict[str, Any]:
+        """The arguments: with others it is another run."""
+        names = ("watched_texts", "fluency_interval", "fluency_prompts", "fluency_tokens", "seed")
+        return asdict(self.limits) | {name: getattr(self, name) for name in names}
 
     @property
     def scale(self) -> float:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lwf_lightning.callbacks import StepCheckpoint
+from lwf_lightning.callbacks import AscentGuard, ExportCallback, StepCheckpoint
 from lwf_lightning.checkpoint_io import _SummedFile
 from lwf_lightning.errors import DamagedFileError, DiskFullError
 from lwf_lightning.forgetting.weights import copy_weights
@@ -175,6 +175,61 @@ def test_another_configuration_is_another_run(fit: Make, recwarn: pytest.Warning
     trainer, _, steps = fit("last", max_skipped_steps=3)  # nothing that makes it another
     assert steps == 0
     assert Path(str(trainer.log_dir)).name == "version_0"
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "seed", "precision", "differs"),
+    [
+        ({}, 2, "32-true", "seed_everything"),
+        ({}, 1, "bf16-mixed", "trainer.precision"),
+        ({"strategy": "lowest"}, 1, "32-true", "trainer.callbacks.FisherCallback.strategy"),
+        ({"guard": 0.5}, 1, "32-true", "trainer.callbacks.AscentGuard.max_rise"),
+    ],
+)
+def test_what_shapes_the_result_outside_module_and_data_makes_another_run(
+    callbacks: dict[str, Any],
+    seed: int,
+    precision: Any,
+    differs: str,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "")  # put back afterwards
+
+    def fit(seed: int, precision: Any, *more: L.Callback, guard: float = 0.1, **fisher: Any) -> int:
+        L.seed_everything(seed)
+        counter = Counter()
+        trainer = make_trainer(
+            default_root_dir=tmp_path,
+            max_steps=2,
+            precision=precision,
+            callbacks=[make_callback(**fisher), AscentGuard(max_rise=guard), counter, *more],
+        )
+        trainer.fit(make_module(schedule="never"), make_data(), ckpt_path="last")
+        return counter.steps
+
+    assert fit(1, "32-true") == 2
+    assert fit(seed, precision, **callbacks) == 2
+    assert any(f"version_0 is a run with another {differs}: it" in str(w.message) for w in recwarn)
+    # Nothing that changes no result, nor another callback, makes it another run.
+    more = {"batch_size": 3, "save_tensors": False}
+    assert fit(seed, precision, ExportCallback(), **callbacks, **more) == 0
+
+
+def test_another_reading_of_the_tasks_is_another_run(
+    fit: Make, make_data: Make, make_module: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    fit()
+    trainer = make_trainer(default_root_dir=tmp_path, max_steps=6)
+    with pytest.warns(UserWarning, match=r"another data\.init_args\.choice_style: it is not"):
+        trainer.fit(
+            make_module(schedule="never"), make_data(choice_style="letters"), ckpt_path="last"
+        )
 
 
 def test_without_a_run_one_begins_and_nothing_is_evaluated(
