@@ -131,9 +131,11 @@ def _parse(line: bytes, source: str) -> Row:
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 (byte {error.start + 1} of the line)") from error
     try:
-        fields = json.loads(text)
+        fields = json.loads(text.rstrip())  # with its end the place could be on the next line
     except json.JSONDecodeError as error:
-        raise DataError(f"{source} is not JSON: {error.msg} at character {error.colno}") from error
+        raise DataError(
+            f"{source} is not JSON: {error.msg} at character {error.pos + 1}"
+        ) from error
     if not isinstance(fields, dict):
         raise DataError(f"{source} must be a JSON object with named fields, got {_kind(fields)}")
     return Row(fields, source)

@@ -42,7 +42,7 @@ def test_utf16_file_is_named(tmp_path):
 
 def test_broken_json_line_is_named(tmp_path):
     path = write(tmp_path, b'{"a": "x"}\n{"a": "x"\n')
-    with fails(f"{path}:row 2 is not JSON"):
+    with fails(f"{path}:row 2 is not JSON: Expecting ',' delimiter at character 10"):
         read_rows(path)
 
 
