@@ -290,10 +290,8 @@ class AscentGuard(L.Callback):
             "scale": self.state.scale,
         }
         self.state.records.append(row)
-        rank_zero_info(
-            f"AscentGuard: step {step}: {breach}: {action}. {_ADVICE[action]} (damped to "
-            f"{self.state.scale:.3g} of unlearning_scale)"
-        )
+        damped = f" (damped to {self.scale:.3g} of unlearning_scale)" if self.scale < 1 else ""
+        rank_zero_info(f"AscentGuard: step {step}: {breach}: {action}. {_ADVICE[action]}{damped}")
         self._log({"guard/actions": float(len(self.state.records))})
         folder = Path(str(self._trainer.log_dir))  # on every process: it waits for the others
         if self._trainer.loggers and ranks_of(self._trainer).is_first:
