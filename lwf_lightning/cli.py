@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
-from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
+from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors, plain_warnings
 from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.files import whole_file
 from lwf_lightning.module import LWFModule
@@ -60,6 +61,11 @@ class LWFCLI(LightningCLI):
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
 
+    def after_fit(self) -> None:
+        """Says where the run is."""
+        if folder := self.trainer.log_dir:  # asked for on every process
+            rank_zero_info(f"The run is in {folder}")
+
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration: hyperparameters in a checkpoint would silently override it."""
 
@@ -71,7 +77,7 @@ def main(args: list[str] | None = None) -> LWFCLI:
         args: Arguments instead of ``sys.argv[1:]``.
     """
     _quieten_lightning()
-    with clear_errors():
+    with clear_errors(), plain_warnings():
         return LWFCLI(
             LWFModule,
             LWFDataModule,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -42,22 +43,27 @@ class OneLineErrorParser(LightningArgumentParser):
         if self._file is not None:
             message = message.replace('"<unicode string>"', self._file)
         program = parser.prog.replace(" [options]", "")
-        fail(parser._with_suggestion(one_line(message)), f"all options: {program} --help")
+        message = parser._with_suggestion(one_line(message))
+        if found := re.match(
+            r"the following arguments are required: (\w+)\.(?:data|model)", message
+        ):
+            message += ": name a file that has them, as --config configs/world.yaml"
+            program += f" {found.group(1)}"
+        fail(message, f"all options: {program} --help")
 
     def _with_suggestion(self, message: str) -> str:
         if found := re.search(r"unrecognized arguments: (--[\w.+-]+)", message):
             known = [flag for action in self._actions for flag in action.option_strings]
-            close = get_close_matches(found.group(1), known, n=1)
-            return f"{message}; did you mean {close[0]}?" if close else message
+            return message + _meant(found.group(1), known)
         if found := re.search(r"does not accept option '([\w.]+)'", message):
-            known = [action.dest for action in self._actions]
-            close = get_close_matches(found.group(1), known, n=1)
-            return f"{message}; did you mean {close[0]!r}?" if close else message
+            return message + _meant(found.group(1), [action.dest for action in self._actions])
+        if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+            module, name = found.groups()
+            return message + _meant(name, dir(import_module(module)))
         if found := re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", message):
             path, option = found.groups()
             where = message.split(":", 1)[0]
-            close = get_close_matches(option, _options_of(path), n=1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
+            meant = _meant(option, _options_of(path))
             return f"{where}: {path} has no option {option!r}{meant} (all: {where}.help {path})"
         return message
 
@@ -107,6 +113,35 @@ def clear_errors() -> Iterator[None]:
         fail(one_line(str(error)), status=1)
     except MisconfigurationException as error:  # Lightning's own refusals
         fail(" ".join(str(error).split()), status=1)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Prints a warning to the user as one line, without the source that gave it."""
+    usual = warnings.formatwarning
+
+    def plain(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if issubclass(category, UserWarning):
+            return f"warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    for close in get_close_matches(name, known, n=1):
+        return f"; did you mean {close if close.startswith('-') else repr(close)}?"
+    return ""
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lwf_lightning.data.arguments import check_arguments
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
 from lwf_lightning.data.evaluation import EvalItem, EvalSplit, Evaluation
@@ -246,6 +248,9 @@ class LWFDataModule(EvaluationDataMixin):
                 "format, or choose other tasks in data.init_args.forgetting_tasks"
             )
         self.self_knowledge = knowledge
+        rank_zero_info(
+            f"D_self: {len(knowledge.texts)} texts, {knowledge.dropped} empty ones dropped"
+        )
         self._check_resumed_texts()
 
     def _check_resumed_texts(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
@@ -145,7 +146,8 @@ class EvaluationMixin(L.LightningModule):
         ]
 
     def _report(self, stage: str) -> None:
-        self.log("step", float(self.trainer.global_step))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("step", float(self.trainer.global_step))
         for loader, name in enumerate(self._data.eval_names(stage)):
             if loader in self._accuracies:  # else Lightning's limits left its loader empty
                 self.log(name, self._accuracies[loader].compute(), prog_bar=loader == 0)

@@ -28,6 +28,7 @@ from lwf_lightning.runs import (
     is_whole,
     last_whole_checkpoint,
     newest_run,
+    require_checkpoint,
     run_state,
 )
 
@@ -139,6 +140,13 @@ class CheckpointConnector(_CheckpointConnector):
         path = super()._select_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
         self._ckpt_path = path  # for the callbacks' setup; Lightning sets it after that
         trainer: Any = self.trainer
+        if path is not None:
+            require_checkpoint(path)
+        elif state_fn != TrainerFn.FITTING and not hasattr(trainer.lightning_module, "model"):
+            rank_zero_info(
+                "These are the weights of the base model; --ckpt_path last takes those of the "
+                "newest run of this configuration"
+            )
         saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
         if saves and trainer.is_global_zero:
             # Before anything else is there, so that a run is known from its first moment.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lwf_lightning.checkpoint_io import check_whole
@@ -113,6 +114,12 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             "the run anew"
         )
     return None
+
+
+def require_checkpoint(path: str | Path) -> None:
+    """Raises ``FileNotFoundError`` if a local checkpoint is not there; names the flag."""
+    if _is_local_file_protocol(path) and not Path(path).exists():
+        raise FileNotFoundError(f"--ckpt_path {path}: there is no such file or folder")
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -33,6 +33,7 @@ from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.models import export_model
 from lwf_lightning.module import LWFModule
 from lwf_lightning.resumption import CheckpointConnector, SignalConnector, StepLoop
+from lwf_lightning.runs import require_checkpoint
 
 _INSTEAD = {  # Lightning's flag: its default, and what does the same here
     "accumulate_grad_batches": (1, "model.init_args.tokens_per_pass, which cuts a step's batch"),
@@ -241,8 +242,9 @@ class LWFTrainer(L.Trainer):
 
         Args:
             model: The module.
-            datamodule: Not needed.
-            ckpt_path: The checkpoint, a file or a sharded one's folder.
+            datamodule: Needed for ``last`` only.
+            ckpt_path: The checkpoint, a file or a sharded one's folder; ``last`` for that of the
+                newest run of this configuration.
             weights_only: Not needed: nothing but tensors and primitives is ever read.
             output: Folder to write, absent or empty; with LoRA it holds ``adapter`` and ``merged``.
             merge: Whether to write the merged model beside a LoRA adapter.
@@ -250,8 +252,11 @@ class LWFTrainer(L.Trainer):
         if not isinstance(model, LWFModule):
             raise ValueError("export needs an LWFModule")
         if ckpt_path is None:
-            raise ValueError("export needs --ckpt_path: a checkpoint file or folder")
+            raise ValueError("export needs --ckpt_path: a checkpoint file or folder, or last")
         require_free(Path(output))
+        if ckpt_path == "last":
+            ckpt_path = str(self._checkpoint_connector.last_checkpoint(model, datamodule))
+        require_checkpoint(ckpt_path)
         whole = model.load_whole_model()
         load_checkpoint_weights(whole, ckpt_path)
         export_model(whole, model.tokenizer, output, merge=merge)
@@ -274,8 +279,9 @@ class LWFTrainer(L.Trainer):
         if ckpt_path == "last":  # looked up while all callbacks are there
             ckpt_path = str(self._checkpoint_connector.last_checkpoint(model, datamodule))
         # Nothing is trained or validated, so nothing may be logged, saved or exported either.
+        kept = (FisherCallback, ProgressBar) if isinstance(stop, _Score) else ProgressBar
         self.callbacks: list[L.Callback] = [
-            *(c for c in self.callbacks if isinstance(c, (FisherCallback, ProgressBar))),
+            *(c for c in self.callbacks if isinstance(c, kept)),
             stop,
         ]
         self.loggers = []

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lwf_lightning.cli import main
+from lwf_lightning.cli_errors import plain_warnings
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,9 +51,14 @@ def run(tmp_path: Path, config: dict[str, Any]) -> Callable[..., Any]:
     return call
 
 
-def test_fit_then_validate_test_and_predict(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_fit_then_validate_test_and_predict(
+    run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     fitted = run("fit")
     folder = Path(fitted.trainer.log_dir)
+    assert f"The run is in {folder}" in caplog.text
+    assert "D_self: 24 texts, 0 empty ones dropped" in caplog.text
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "metrics.csv", "checkpoints", "fisher", "scores"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -69,8 +76,15 @@ def test_fit_then_validate_test_and_predict(run: Callable[..., Any], tmp_path: P
         assert figure in header
     checkpoint = str(next((folder / "checkpoints").glob("*.ckpt")))
     before = (folder / "config.yaml").read_text()
-    tested = run("test", "--ckpt_path", checkpoint).trainer.callback_metrics
+    tested = run("test", "--ckpt_path", "last").trainer.callback_metrics
     assert 0 <= tested["test/accuracy"] <= 1
+    assert "step" not in tested
+    assert "weights of the base model" not in caplog.text
+    base = run("test").trainer.callback_metrics
+    assert "These are the weights of the base model; --ckpt_path last takes" in caplog.text
+    assert base["test/loss"] != tested["test/loss"]
+    run("export", "--ckpt_path", "last", "--output", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
     assert "val/accuracy" in run("validate", "--ckpt_path", checkpoint).trainer.callback_metrics
     predicted = Path(run("predict", "--ckpt_path", checkpoint).trainer.log_dir)
     rows = [json.loads(line) for line in (predicted / "predictions.jsonl").open()]
@@ -129,10 +143,15 @@ def test_elicit_needs_no_fisher_callback(
 
 
 def test_elicit_writes_answers_and_the_second_run_takes_them_from_the_cache(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     output = tmp_path / "answers.jsonl"
+    caplog.set_level("INFO")
     run("elicit", "--output", str(output))
+    assert "FisherCallback" not in caplog.text  # nothing is scored
     first = output.read_text()
     assert set(json.loads(first.splitlines()[0])) == {"task", "row", "prompt", "answer"}
 
@@ -154,7 +173,8 @@ MISTAKES = {
     "--data.init_args.data_dir /nowhere": "/nowhere",
     "--model.init_args.model_name ./nowhere": "model.init_args.model_name",
     "--model.init_args.unlearning_interval 0": "unlearning_interval must be at least 1",
-    "--model.init_args.schedule never --ckpt_path missing.ckpt": "missing.ckpt",
+    "--ckpt_path missing.ckpt": "--ckpt_path missing.ckpt: there is no such file or folder",
+    "--trainer.callbacks+=lwf_lightning.ExportCalback": "did you mean 'ExportCallback'?",
     "--trainer.precision 16-true": "trainer.precision 16-true is not supported",
     "--trainer.precision 16-mixed": "trainer.precision 16-mixed is not supported",
     "--trainer.precision bf17": "--trainer.precision: ",
@@ -179,6 +199,20 @@ def test_a_mistake_is_answered_in_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert expected in errors[0]
+
+
+def test_a_fit_of_nothing_names_the_way_in(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit"])
+    error, tip = capsys.readouterr().err.splitlines()[-2:]
+    assert "required: fit.data, fit.model: name a file that has them, as --config conf" in error
+    assert tip.endswith(" fit --help")
+
+
+def test_a_warning_is_one_line_without_the_source_that_gave_it() -> None:
+    with plain_warnings():
+        assert warnings.formatwarning("2 cut", UserWarning, "a.py", 3) == "warning: 2 cut\n"
+        assert "a.py:3" in warnings.formatwarning("old", DeprecationWarning, "a.py", 3)
 
 
 def test_a_damaged_checkpoint_is_named_in_one_line(
