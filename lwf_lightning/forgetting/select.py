@@ -55,7 +55,8 @@ def select_forget_set(
     check_selection(strategy, forgetting_rate, threshold)
 
     descending = torch.argsort(confidence, descending=True, stable=True)
-    count = math.ceil(forgetting_rate * confidence.numel())
+    # rounded first: 0.07 * 100 is a little more than 7
+    count = max(1, math.ceil(round(forgetting_rate * confidence.numel(), 9)))
     if strategy == "highest":
         return descending[:count]
     if strategy == "lowest":

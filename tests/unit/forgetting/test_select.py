@@ -17,6 +17,11 @@ def test_a_tiny_rate_still_takes_one_text() -> None:
     assert select_forget_set(torch.tensor([1.0]), forgetting_rate=0.1).tolist() == [0]
 
 
+@pytest.mark.parametrize(("rate", "count"), [(0.07, 7), (0.14, 14), (0.29, 29), (0.291, 30)])
+def test_a_rate_that_is_a_whole_number_of_texts_takes_no_more(rate: float, count: int) -> None:
+    assert len(select_forget_set(torch.arange(100.0), forgetting_rate=rate)) == count
+
+
 def test_lowest_takes_the_other_end() -> None:
     chosen = select_forget_set(CONFIDENCE, strategy="lowest", forgetting_rate=0.4)
     assert sorted(chosen.tolist()) == [1, 5, 6]
