@@ -132,9 +132,9 @@ class DenseCall:
             block.copy_(gradients)
 
 
-Rule: TypeAlias = Callable[[nn.Module, Sequence[str], Sequence[Tensor], Tensor], dict[str, Call]]
+Rule: TypeAlias = Callable[[nn.Module, Sequence[str], Sequence[Any], Tensor], dict[str, Call]]
 """(module, names of the wanted parameters, inputs, back-propagated gradient) -> a call for each.
-The inputs of :class:`VectorRule` end with the output."""
+The inputs of :class:`VectorRule` end with the output, or None where it is not to be had."""
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -210,11 +210,18 @@ class VectorRule:
         self.batched = True
         self.is_product: bool | None = None
 
+    @property
+    def may_be_product(self) -> bool:
+        """Whether the output may be needed."""
+        return self.is_product is not False
+
     def __call__(
-        self, module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor], backprop: Tensor
+        self, module: nn.Module, names: Sequence[str], inputs: Sequence[Any], backprop: Tensor
     ) -> dict[str, Call]:
         """See :data:`Rule`."""
         *inputs, output = inputs
+        if output is None:
+            self.is_product = False
         if self.is_product:
             gradients: Sequence[Tensor] = [_gradient_of_product(module, output, backprop)]
         else:

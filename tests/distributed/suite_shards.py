@@ -135,6 +135,22 @@ def test_fisher_and_scores_equal_brute_force(
             assert held.untyped_storage().nbytes() == 4 * held.numel()
 
 
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_as_many_texts_as_tokens_on_one_rank(
+    mesh: DeviceMesh, oracle: Any, make_texts: Make, sequence_first: bool
+) -> None:
+    model = oracle.SequenceFirst() if sequence_first else oracle.make_model("llama")
+    texts = [make_texts(7, longest=7), make_texts(3), make_texts(2)]
+    batches = [batch for part in texts for batch in batches_of(part, 7, 0)]
+    assert batches[0]["labels"].shape == (7, 7)
+    expected = oracle.fisher_oracle(model, [text for part in texts for text in part])
+    fully_shard(model, mesh=mesh)
+
+    fisher = diagonal_fisher(model, batches)
+
+    oracle.assert_near(whole_of(fisher), expected)
+
+
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
 def test_training_goes_on_as_if_nothing_had_been_estimated(
     mesh: DeviceMesh, oracle: Any, make_texts: Make, reduce_dtype: torch.dtype | None

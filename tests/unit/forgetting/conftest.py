@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +242,24 @@ class UsedOutside(Wrapped):
         weight = self.model.model.layers[0].self_attn.q_proj.weight
         output.logits = output.logits * (1 + weight.mean())
         return output
+
+
+class SequenceFirst(nn.Module):
+    """Works on (tokens, texts, width), perhaps with more tokens than the texts have."""
+
+    def __init__(self, more: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.more = more
+        self.table = nn.Embedding(37, 16)
+        self.linear = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 37)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        hidden = functional.pad(self.table(input_ids).transpose(0, 1), (0, 0, 0, 0, self.more, 0))
+        logits = self.head(self.norm(hidden + torch.tanh(self.linear(hidden))))
+        return SimpleNamespace(logits=logits.transpose(0, 1)[:, self.more :])
 
 
 @pytest.fixture
