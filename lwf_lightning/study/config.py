@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
+
+Value: TypeAlias = str | None | bool | int | float | list | dict  # type: ignore[type-arg]
+"""A value of a configuration as its file has it. Of ``Any`` the parser would read a string once more:
+the estimator 'true' would become a bool."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Method:
         label: Its name in tables and figures; by default its key.
     """
 
-    changes: dict[str, Any] = field(default_factory=dict)
-    space: dict[str, list[Any]] = field(default_factory=dict)
+    changes: dict[str, Value] = field(default_factory=dict)
+    space: dict[str, list[Value]] = field(default_factory=dict)
     uses_forgetting: bool = True
     label: str | None = None
 
@@ -101,11 +105,11 @@ class Study:
     name: str
     base: str
     methods: dict[str, Method]
-    cells: dict[str, dict[str, Any]]
+    cells: dict[str, dict[str, Value]]
     seeds: list[int]
     baseline: str = "vanilla"
     ceiling: str | None = None
-    common_space: dict[str, list[Any]] = field(default_factory=dict)
+    common_space: dict[str, list[Value]] = field(default_factory=dict)
     tuning: Tuning | None = None
     figure: str = "test/accuracy"
     map: Map | None = None

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lwf_lightning.study import perform
+from lwf_lightning.study import command, perform
 from lwf_lightning.study.command import main, missing_runs, report
 from lwf_lightning.study.config import Method, Study, Tuning
 from lwf_lightning.study.results import read_records
@@ -118,3 +118,17 @@ def test_errors_of_the_command_are_one_line(
     with pytest.raises(SystemExit):
         main(["--config", str(config), "--list"])
     assert capsys.readouterr().err == "error: base: none.yaml does not exist\n"
+
+
+def test_values_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = ["true", "12", True, 12, 1.5, None, ["true", 1], {"a": "true", "b": [2, "x"]}]
+    changes = {f"path.{number}": value for number, value in enumerate(values)}
+    config, found = tmp_path / "study.yaml", []
+    methods = {"vanilla": {"changes": changes, "space": {"path": values}}}
+    study = {"name": "n", "base": "b.yaml", "methods": methods, "cells": {"a": changes}}
+    config.write_text(yaml.safe_dump(study | {"seeds": [0]}))
+    monkeypatch.setattr(command, "_act", lambda study, _: found.append(study))
+    main(["--config", str(config)])
+    assert found[0].methods["vanilla"].changes == changes
+    assert found[0].methods["vanilla"].space == {"path": values}
+    assert found[0].cells == {"a": changes}
