@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import yaml
 
-Value: TypeAlias = str | None | bool | int | float | list | dict  # type: ignore[type-arg]
-"""A value of a configuration as its file has it. Of ``Any`` the parser would read a string once more:
-the estimator 'true' would become a bool."""
+Value: TypeAlias = str | bool | int | float | list | dict | None  # type: ignore[type-arg]
+"""A value of a configuration as its file has it. Of ``Any`` the parser would read a string once
+more: the estimator 'true' would become a bool."""
 
 
 @dataclass(frozen=True)
