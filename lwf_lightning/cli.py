@@ -95,8 +95,8 @@ def main(args: list[str] | None = None) -> LWFCLI:
 def _quieten_lightning() -> None:
     """Keeps out of the log what only advertises, and warnings that no user can act on.
 
-    Those are about Lightning's own code, about arguments that a demo or a study passes on purpose, and
-    about an option of PEFT that jsonargparse fills in.
+    Those are about Lightning's own code, about arguments that a demo or a study passes on purpose,
+    and about an option of PEFT that jsonargparse fills in.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
