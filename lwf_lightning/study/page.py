@@ -23,7 +23,8 @@ table { border-collapse: collapse; margin: 1em 0; font-size: 13px; display: bloc
 th, td { padding: 4px 10px; border-bottom: 1px solid #e5e5e5; text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { border-bottom: 2px solid #999; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; }
+.words-last th:last-child, .words-last td:last-child { text-align: left; white-space: normal; }
 tr.baseline td { background: #f4f4f4; font-weight: 600; }
 img { max-width: 100%; height: auto; margin: 0.5em 0 1.5em; } code { font-size: 12px; }
 details { margin: 1em 0; } .note { color: #666; font-size: 13px; }
@@ -65,7 +66,7 @@ def write_page(
         body.append(f"<h2>{html.escape(cell)}</h2>")
         comparison, *others = tables(study, own)
         marks = ["baseline" if line.method == study.baseline else "" for line in own]
-        body.append(_table(comparison.headings, comparison.rows, marks))
+        body.append(_table(comparison.headings, comparison.rows, marks, words_last=True))
         body += [
             f"<h3>{html.escape(title.removeprefix(f'{cell}: '))}</h3>" + _picture(title, file)
             for title, file in pictures.items()
@@ -114,16 +115,21 @@ def _commands(records: Sequence[Record]) -> str:
         )
         for r in records
     ]
-    table = _table(("method", "seed", "stage", "time", "command"), rows)
+    table = _table(("method", "seed", "stage", "time", "command"), rows, words_last=True)
     return f"<details><summary>Every run and its command</summary>{table}</details>"
 
 
 def _table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] | None = None
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marks: Sequence[str] | None = None,
+    *,
+    words_last: bool = False,
 ) -> str:
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     lines = [
         f'<tr class="{mark}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
         for row, mark in zip(rows, marks or [""] * len(rows), strict=True)
     ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    kind = ' class="words-last"' if words_last else ""
+    return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

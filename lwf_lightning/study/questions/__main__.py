@@ -1,7 +1,7 @@
-"""Answers a question about the method on the model and the tasks of a configuration.
+r"""Answers a question about the method on the model and the tasks of a configuration.
 
     python -m lwf_lightning.study.questions fisher --config configs/world.yaml
-    python -m lwf_lightning.study.questions self_knowledge --config configs/smollm2_qasc.yaml \\
+    python -m lwf_lightning.study.questions self_knowledge --config configs/smollm2_qasc.yaml \
         --set data.data_dir=../shared/data data.forgetting_prompts=48
 
 It writes answer.md, answer.png and answer.json into <output>/<question>-<configuration>.
