@@ -30,8 +30,8 @@ HEADINGS = (
     "learning task",
     "runs",
     "steps",
-    "hours per run",
-    "hours in all",
+    "time of a run",
+    "time in all",
     "memory (fullest phase)",
 )
 _OF_THE_MODEL = ("model_name", "dtype", "lora", "trust_remote_code")
@@ -148,7 +148,7 @@ def check(study: Study, runs: Sequence[Run], data_dir: str | None = None) -> Ite
 
 
 def table(study: Study, checked: Iterable[Checked], flops: float) -> list[str]:
-    """A row per method and learning task: hours and memory of a run, and hours in all."""
+    """A row per method and learning task: time and memory of a run, and time in all."""
     rows: dict[tuple[str, str], list[Checked]] = {}
     for one in checked:
         rows.setdefault((one.run.method, one.task), []).append(one)
@@ -157,7 +157,7 @@ def table(study: Study, checked: Iterable[Checked], flops: float) -> list[str]:
         hours = [one.expected.work.hours(one.expected.parameters, flops) for one in own]
         top = max((one.expected for one in own), key=lambda found: found.memory)
         row = [study.label(method), task, str(len(own)), f"{own[0].expected.steps}"]
-        row += [_span(hours), f"{sum(hours):.3g}", f"{size(top.memory)} ({top.phase})"]
+        row += [_span(hours), _time(sum(hours)), f"{size(top.memory)} ({top.phase})"]
         cells.append(row)
     return markdown_table(HEADINGS, cells)
 
@@ -173,9 +173,9 @@ def summary(checked: Sequence[Checked], flops: float) -> list[str]:
     once = sum(work.hours(parameters, flops) for work in elicited.values())
     sets = len([prompts for prompts in elicited if prompts])
     return [
-        f"{len(checked)} runs, every configuration accepted: {runs:.1f} hours of one device, and "
-        f"{once:.1f} to elicit self-knowledge from {sets} pool(s) of prompts, each once.",
-        f"Hours assume {flops:.3g} FLOP/s sustained (--flops), 6 FLOP per weight and token "
+        f"{len(checked)} runs, every configuration accepted: {_time(runs)} of one device, and "
+        f"{_time(once)} to elicit self-knowledge from {sets} pool(s) of prompts, each once.",
+        f"Times assume {flops:.3g} FLOP/s sustained (--flops), 6 FLOP per weight and token "
         f"trained on, 2 per token only read, and {DECODING_PASSES} passes a second in generation "
         "with every answer as long as it may be; activations computed again are left out. Memory "
         "is that of one device, without what its allocator keeps. For models of the Hub 4 "
@@ -183,6 +183,19 @@ def summary(checked: Sequence[Checked], flops: float) -> list[str]:
     ]
 
 
-def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+def _span(hours: Sequence[float]) -> str:
+    low, high = _time(min(hours)), _time(max(hours))
     return low if low == high else f"{low} to {high}"
+
+
+def _time(hours: float) -> str:
+    """Hours as a person says them.
+
+    Example:
+        >>> _time(0.0001), _time(0.05), _time(12.34)
+        ('0.4 s', '3 min', '12.3 h')
+    """
+    for unit, length in (("h", 1.0), ("min", 1 / 60)):
+        if hours >= length:
+            return f"{hours / length:.3g} {unit}"
+    return f"{3600 * hours:.1g} s" if hours < 1 / 360 else f"{3600 * hours:.0f} s"

@@ -20,7 +20,13 @@ from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
-from lwf_lightning.study.matrix import Run, asked_for, comparison_runs, tuning_runs
+from lwf_lightning.study.matrix import (
+    Run,
+    asked_for,
+    awaited_runs,
+    comparison_runs,
+    tuning_runs,
+)
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.planted import with_found_figures
 from lwf_lightning.study.results import read_records
@@ -72,6 +78,7 @@ def _act(study: Study, options: Any) -> None:
     if options.list:
         for run in missing_runs(study):
             console.print(f"{run.identity}  {run.stage}  {', '.join(run.cells)}", soft_wrap=True)
+        _tell_awaited(study, Console(stderr=True))  # the list alone is what a launcher reads
         return
     if options.check:
         _check(study, options.flops, options.data_dir, console)
@@ -147,6 +154,16 @@ def _check(study: Study, flops: float, data_dir: str | None, console: Console) -
     checked = list(track(check(study, runs, data_dir), "Checking", len(runs), console=console))
     for line in [*table(study, checked, flops), "", *summary(checked, flops)]:
         console.print(line, highlight=False, soft_wrap=True)
+    _tell_awaited(study, console)
+
+
+def _tell_awaited(study: Study, console: Console) -> None:
+    if count := awaited_runs(study, read_records(results_file(study))):
+        console.print(
+            f"After tuning {count} more will be compared, with the settings that it chooses.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _perform_named(study: Study, name: str, console: Console) -> None:

@@ -66,23 +66,6 @@ class Planted:
 
 
 @dataclass(frozen=True)
-class Map:
-    """Cells as places on a map of gains.
-
-    Attributes:
-        x: What the first coordinate is, as the axis says it.
-        y: What the second one is.
-        method: Method whose gain is shown, beside that of the ceiling.
-        coordinates: Cell -> its two coordinates; cells without any are left out.
-    """
-
-    x: str
-    y: str
-    method: str
-    coordinates: dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
 class Study:
     """A comparison of methods.
 
@@ -97,7 +80,8 @@ class Study:
         common_space: What tuning may choose for every method: path -> values.
         tuning: None takes every method as it is written.
         figure: The figure that is compared, measured on the test split.
-        map: Where cells lie on a map of gains; None draws none.
+        map: What varies between cells, as an axis says it -> cell -> its value: the panels of one
+            figure of gains. None are needed, and cells may stand in several.
         planted: What is known of the forgetting prompts; None if nothing is.
         output: Folder of runs, results and report.
     """
@@ -112,7 +96,7 @@ class Study:
     common_space: dict[str, list[Value]] = field(default_factory=dict)
     tuning: Tuning | None = None
     figure: str = "test/accuracy"
-    map: Map | None = None
+    map: dict[str, dict[str, float]] = field(default_factory=dict)
     planted: Planted | None = None
     output: str = "runs/studies"
 
@@ -123,16 +107,11 @@ class Study:
             ValueError: If a named method or file is missing, there is nothing to compare, or
                 seeds of tuning and comparison overlap.
         """
-        shown = None if self.map is None else self.map.method
-        for role, key in (
-            ("baseline", self.baseline),
-            ("ceiling", self.ceiling),
-            ("map.method", shown),
-        ):
+        for role, key in (("baseline", self.baseline), ("ceiling", self.ceiling)):
             if key is not None and key not in self.methods:
                 raise ValueError(f"{role}: {key!r} is no key of methods: {', '.join(self.methods)}")
-        if self.map is not None:
-            _check_places(self.map, self.cells)
+        for factor, places in self.map.items():
+            _check_places(factor, places, self.cells)
         if self.planted is not None and not Path(self.planted.rows).is_file():
             raise ValueError(f"planted.rows: {self.planted.rows} does not exist")
         if not self.cells or not self.seeds:
@@ -172,13 +151,13 @@ class Study:
         return self.methods[method].label or method
 
 
-def _check_places(plan: Map, cells: Mapping[str, Any]) -> None:
-    if unknown := plan.coordinates.keys() - cells.keys():
+def _check_places(factor: str, places: Mapping[str, float], cells: Mapping[str, Any]) -> None:
+    if unknown := places.keys() - cells.keys():
         raise ValueError(
-            f"map.coordinates: {sorted(unknown)[0]!r} is no key of cells: {', '.join(cells)}"
+            f"map: {factor}: {sorted(unknown)[0]!r} is no key of cells: {', '.join(cells)}"
         )
-    if len(set(map(tuple, plan.coordinates.values()))) < len(plan.coordinates):
-        raise ValueError("map.coordinates: two cells lie at the same place")
+    if len(set(places.values())) < len(places):
+        raise ValueError(f"map: {factor}: two cells have the same value")
 
 
 @lru_cache(maxsize=4)

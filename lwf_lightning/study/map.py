@@ -1,12 +1,13 @@
-"""A map of cells: where a method gains, and how much there is to gain."""
+"""Where a method pays: its gain against what varies between the cells of a study."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lwf_lightning.study.config import Map, Study
+from lwf_lightning.study.config import Study
 from lwf_lightning.study.summary import Line
 
 if TYPE_CHECKING:
@@ -15,56 +16,67 @@ if TYPE_CHECKING:
 
 
 def gain_map(study: Study, lines: Sequence[Line]) -> Figure | None:
-    """The gain of the map's method over the baseline, and beside it that of the ceiling.
+    """A panel per factor of the study's map: each method's gain in points against the factor.
 
-    A square per pair of coordinates, with the mean gain in points and half its 95 % interval.
+    Bars are 95 % intervals over seeds; values of a factor stand side by side, evenly spaced.
     """
-    plan = study.map
-    if plan is None:
-        return None
-    panels = {
-        f"{study.label(method)} minus {study.label(study.baseline)}": found
-        for method in dict.fromkeys((plan.method, study.ceiling))
-        if method and (found := {line.cell: line for line in lines if line.method == method})
-    }
-    if not panels:
+    gains = {(line.method, line.cell): line for line in lines}
+    methods = [
+        method
+        for method in study.methods
+        if method != study.baseline and any(method == shown for shown, _ in gains)
+    ]
+    if not study.map or not methods:
         return None
     from matplotlib.figure import Figure
 
-    xs, ys = (sorted({place[axis] for place in plan.coordinates.values()}) for axis in (0, 1))
-    figure = Figure(
-        figsize=((1.1 * len(xs) + 1.2) * len(panels) + 1, 0.75 * len(ys) + 1.6),
-        layout="constrained",
+    columns = min(2, len(study.map))
+    rows = math.ceil(len(study.map) / columns)
+    figure = Figure(figsize=(4.3 * columns + 0.5, 2.7 * rows + 0.7), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for axes, (factor, places) in zip(grid, study.map.items(), strict=False):
+        _panel(axes, study, methods, places, gains)
+        axes.set_xlabel(factor)
+    for axes in grid[len(study.map) :]:
+        axes.set_axis_off()
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8
     )
-    every = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    reach = max(abs(100 * line.gain.gain) for own in panels.values() for line in own.values()) or 1
-    for axes, (title, own) in zip(every, panels.items(), strict=True):
-        _squares(axes, plan, own, (xs, ys), reach)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel(plan.x)
-    every[0].set_ylabel(plan.y)
-    figure.colorbar(every[0].images[0], ax=list(every), label=f"{study.figure}, points", shrink=0.9)
+    figure.supylabel(
+        f"{study.figure} minus {study.label(study.baseline)}, points (mean and 95 % interval)",
+        fontsize=9,
+    )
     return figure
 
 
-def _squares(
+def _panel(
     axes: Axes,
-    plan: Map,
-    lines: Mapping[str, Line],
-    ticks: tuple[list[float], list[float]],
-    reach: float,
+    study: Study,
+    methods: Sequence[str],
+    places: Mapping[str, float],
+    gains: Mapping[tuple[str, str], Line],
 ) -> None:
-    xs, ys = ticks
-    values = [[math.nan] * len(xs) for _ in ys]
-    for cell, (x, y) in plan.coordinates.items():
-        if cell not in lines:
-            continue
-        column, row, gain = xs.index(x), ys.index(y), lines[cell].gain
-        values[row][column] = 100 * gain.gain
-        half = "" if math.isnan(gain.low) else f"\n± {50 * (gain.high - gain.low):.1f}"
-        colour = "white" if abs(100 * gain.gain) > 0.65 * reach else "black"
-        text = f"{100 * gain.gain:+.1f}{half}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, origin="lower", aspect="auto")
-    axes.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
-    axes.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+    cells = sorted(places, key=lambda cell: places[cell])
+    for number, method in enumerate(methods):
+        shown = [(x, gains[method, cell].gain) for x, cell in enumerate(cells)
+                 if (method, cell) in gains]  # fmt: skip
+        aside = 0.1 * (number - (len(methods) - 1) / 2)  # or bars would hide one another
+        axes.errorbar(
+            [x + aside for x, _ in shown],
+            [100 * gain.gain for _, gain in shown],
+            yerr=[
+                [100 * (gain.gain - gain.low) for _, gain in shown],
+                [100 * (gain.high - gain.gain) for _, gain in shown],
+            ],
+            marker="o",
+            markersize=4,
+            linewidth=1.3,
+            elinewidth=1,
+            capsize=2,
+            label=textwrap.fill(study.label(method), 30),
+        )
+    axes.axhline(0, color="#7f7f7f", linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(cells)), [f"{places[cell]:g}" for cell in cells])
+    axes.set_xlim(-0.5, len(cells) - 0.5)
+    axes.grid(axis="y", alpha=0.3)

@@ -99,6 +99,22 @@ def comparison_runs(study: Study, records: Iterable[Record]) -> list[Run]:
     ]
 
 
+def awaited_runs(study: Study, records: Iterable[Record]) -> int:
+    """How many runs will be compared once tuning has chosen their settings; 0 when it has."""
+    by_run = {record["run"]: record for record in records}
+    runs: list[Run] = []
+    for method in study.methods:
+        any_setting = settings_of(study, method)[0]
+        waiting = {
+            cell: any_setting
+            for cell in study.cells
+            if best_setting(study, method, cell, by_run) is None
+        }
+        for seed in study.seeds:
+            runs += _runs(study, "comparison", method, seed, waiting, among=study.cells)
+    return len(runs)
+
+
 def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
     """The records of the runs that the study has now, with their stage, cells and setting in it.
 

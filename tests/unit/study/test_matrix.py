@@ -10,7 +10,13 @@ import pytest
 import yaml
 
 from lwf_lightning.study.config import Method, Study, Tuning
-from lwf_lightning.study.matrix import Run, comparison_runs, settings_of, tuning_runs
+from lwf_lightning.study.matrix import (
+    Run,
+    awaited_runs,
+    comparison_runs,
+    settings_of,
+    tuning_runs,
+)
 from lwf_lightning.study.overlay import looked_up, overlaid
 
 BASE = {
@@ -135,6 +141,12 @@ def test_the_best_mean_validation_figure_is_chosen_for_each_cell(base: str) -> N
     missing = [record for record in records if record["run"] != trials[0].identity]
     untuned = {run.method for run in comparison_runs(study, missing) if "a-b" in run.cells}
     assert untuned == {"lwf"}  # vanilla lacks a trial
+    every = len(runs)
+    assert [awaited_runs(study, known) for known in ([], missing, records)] == [
+        every,  # as many as there are in the end, the shared ones counted once
+        len(study.seeds),  # vanilla's in the one cell pair whose trials are incomplete
+        0,
+    ]
 
 
 def test_tuning_chooses_by_the_figure_that_is_asked_for_now(base: str) -> None:
