@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 
 from lwf_lightning.files import whole_file
@@ -122,12 +123,22 @@ def _number(value: float, unit: str) -> str:
 
 
 def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
-    """The table for a terminal."""
-    table = Table(title=title, title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column in ("figure", "bar") else "left")
-    for row in rows:
-        table.add_row(*row, style=None if row[-1] in ("met", "") else "yellow")
+    """The table for a terminal, narrow enough for 80 columns: a part per benchmark."""
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table.add_column("work: compared with", ratio=1)
+    for column in COLUMNS[3:5]:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column(COLUMNS[5])
+    last = None
+    for benchmark, work, beside, figure, bar, verdict in rows:
+        if benchmark != last:
+            if last is not None:
+                table.add_section()
+            table.add_row(benchmark, style="bold")
+            last = benchmark
+        style = None if verdict in ("met", "") else "yellow"
+        told = f"{work}: {beside}" if beside else work
+        table.add_row(told, figure, bar, verdict, style=style)
     return table
 
 

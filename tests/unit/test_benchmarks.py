@@ -36,7 +36,7 @@ def broken(*, quick=False):
 
 @pytest.fixture
 def with_benchmarks(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # or the table would be cut to fit
+    monkeypatch.setenv("COLUMNS", "80")
 
     def use(**functions):
         modules = {name: benchmark(name, function) for name, function in functions.items()}
