@@ -82,6 +82,11 @@ def test_another_choice_of_tuning_leaves_the_old_runs_out(given: dict[str, Any])
     # two seeds of lwf in each of two cells and two of vanilla for both; twice as many trials of lwf
     page = (study.folder / "index.html").read_text()
     assert "6 runs compared and 10 for tuning" in page
+    for heading in ("chosen setting", "command"):  # long, so it may be wrapped where it stands last
+        tables = [part.split("</thead>")[0] for part in page.split("<table")[1:]]
+        wide = [table for table in tables if f"<th>{heading}</th>" in table]
+        assert wide and all(table.startswith(' class="words-last"') for table in wide)
+        assert all(table.endswith(f"<th>{heading}</th></tr>") for table in wide)
 
 
 def test_seeds_may_be_dropped_or_turn_from_tuning_to_comparison(given: dict[str, Any]) -> None:
