@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     import lightning as L
 
 
+# Lightning's own text is of a trainer that has just fitted, and of words that mean nothing here.
+_CKPT_PATH_OF_FIT = (
+    "A checkpoint to go on from, file or sharded one's folder; ``last`` goes on with the newest "
+    "run of this configuration in its own folder, or begins one."
+)
+_CKPT_PATH = (
+    "A checkpoint, a file or a sharded one's folder; ``last`` for that of the newest run of this "
+    "configuration. Without it the subcommand evaluates the base model."
+)
+
+
 class SaveFitConfig(SaveConfigCallback):
     """Saves the configuration of a fit only; validate or score would overwrite a fit's."""
 
@@ -57,9 +68,13 @@ class LWFCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         """Leaves the others than the named one empty: to look up all their options takes time."""
-        if self._named in (None, subcommand):
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        return self.init_parser(**kwargs)
+        if self._named not in (None, subcommand):
+            return self.init_parser(**kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path" and subcommand in LightningCLI.subcommands():
+                action.help = _CKPT_PATH_OF_FIT if subcommand == "fit" else _CKPT_PATH
+        return parser
 
     def after_fit(self) -> None:
         """Says where the run is."""

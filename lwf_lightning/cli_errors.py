@@ -20,6 +20,15 @@ from lwf_lightning.cli_help import fail
 from lwf_lightning.errors import NonFiniteLossError
 
 _PACKAGE = Path(__file__).parent
+_WORDS = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "dict": "names and values, as {a: 1}",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list, as [a, b]",
+    "str": "a text",
+}
 
 
 class OneLineErrorParser(LightningArgumentParser):
@@ -49,6 +58,8 @@ class OneLineErrorParser(LightningArgumentParser):
         ):
             message += ": name a file that has them, as --config configs/world.yaml"
             program += f" {found.group(1)}"
+        if parser.prog.endswith(" study"):
+            message += _way_into_a_study(message)
         fail(message, f"all options: {program} --help")
 
     def _with_suggestion(self, message: str) -> str:
@@ -64,7 +75,11 @@ class OneLineErrorParser(LightningArgumentParser):
             path, option = found.groups()
             where = message.split(":", 1)[0]
             meant = _meant(option, _options_of(path))
-            return f"{where}: {path} has no option {option!r}{meant} (all: {where}.help {path})"
+            which = "a flag goes to the last callback of the list; set the others' in the file; "
+            which = which if where == "--trainer.callbacks" and not meant else ""
+            return (
+                f"{where}: {path} has no option {option!r}{meant} ({which}all: {where}.help {path})"
+            )
         return message
 
 
@@ -85,11 +100,14 @@ def one_line(message: str) -> str:
             telling = [item for item in items if item and not item.startswith("Expected a <class")]
             body = (telling or items)[0]
             if not telling:
-                body = "; or ".join(item for item in items if item)
+                body = "expected " + " or ".join(_in_words(item) for item in items if item)
+                body = body.replace(" or null", ", or null")
                 break
         else:
             break
     body = " ".join(body.split()).removeprefix("Problem with given ")
+    if found := re.fullmatch(r"(Expected a <class '\w+'>)\. Got value: (.*)", body):
+        body = f"expected {_in_words(found.group(1))}, got {found.group(2)}"
     body = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", body)
     return f"--{flag}: {body}" if flag else body
 
@@ -112,7 +130,13 @@ def clear_errors() -> Iterator[None]:
             raise
         fail(one_line(str(error)), status=1)
     except MisconfigurationException as error:  # Lightning's own refusals
-        fail(" ".join(str(error).split()), status=1)
+        message = " ".join(str(error).split())
+        if re.match(r"No supported \w+ backend found|.*can not run on your system", message):
+            message = (
+                "trainer.accelerator: this machine has no such device; take cpu or auto "
+                "(estimate reckons with --ranks for processes that need not be there)"
+            )
+        fail(message, status=1)
 
 
 @contextmanager
@@ -136,6 +160,25 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+def _way_into_a_study(message: str) -> str:
+    if message.startswith("the following arguments are required: name"):
+        return ": name a file that has them, as --config configs/studies/world.yaml"
+    if re.search(
+        r"Option '(?:model|data|trainer|seed_everything)\b[\w.]*' is not accepted", message
+    ):
+        return (
+            ": this is the configuration of a fit; a study names one as its base, beside methods, "
+            "cells and seeds, as configs/studies/world.yaml does"
+        )
+    return ""
+
+
+def _in_words(expected: str) -> str:
+    """A type that jsonargparse names as Python does, as a user of YAML would say it."""
+    found = re.match(r"Expected a <class '(\w+)'>", expected)
+    return _WORDS.get(found.group(1), expected) if found else expected
 
 
 def _meant(name: str, known: Sequence[str]) -> str:

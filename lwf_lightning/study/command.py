@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _act(study: Study, options: Any) -> None:
     console = Console()
+    for flag in ("workers", "threads"):
+        if options[flag] < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {options[flag]}")
     if options.only:
         _perform_named(study, options.only, console)
         return

@@ -181,7 +181,11 @@ MISTAKES = {
     "--trainer.gradient_clip_val 1": "set model.init_args.max_grad_norm",
     "--trainer.accumulate_grad_batches 4": "set model.init_args.tokens_per_pass",
     "--trainer.devices 0": "devices",
-    "--data.init_args.forgetting_tasks nope": "--data.init_args.forgetting_tasks: ",
+    "--data.init_args.forgetting_tasks qasc": "_tasks: expected a list, as [a, b], or null",
+    "--model.init_args.learning_rate abc": "learning_rate: expected a number, got abc",
+    "--trainer.callbacks.forgetting_rate 2": "has no option 'forgetting_rate' (a flag goes to the "
+    "last callback of the list; set the others' in the file; all: --trainer.callbacks.help",
+    "--trainer.accelerator gpu": "this machine has no such device; take cpu or auto",
     "--model.init_args.lora.r x": "x",
 }
 
@@ -199,6 +203,20 @@ def test_a_mistake_is_answered_in_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert expected in errors[0]
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_help_says_what_a_checkpoint_path_does_here(
+    subcommand: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([subcommand, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    told = text.split("--ckpt_path CKPT_PATH ", 1)[1].split(" --", 1)[0]
+    assert "newest run of this configuration" in told
+    assert ("evaluates the base model" in told) is (subcommand != "fit")
+    assert "best" not in told
 
 
 def test_a_fit_of_nothing_names_the_way_in(capsys: pytest.CaptureFixture[str]) -> None:

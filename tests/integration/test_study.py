@@ -120,6 +120,39 @@ def test_errors_of_the_command_are_one_line(
     assert capsys.readouterr().err == "error: base: none.yaml does not exist\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            [],
+            "are required: name, base, methods, cells, seeds: name a file that has them, as --con",
+        ),
+        (["--config", "configs/world.yaml"], "is not accepted: this is the configuration of a fit"),
+        (
+            ["--config", "configs/studies/world.yaml", "--workers", "0"],
+            "--workers must be at least",
+        ),
+        (
+            ["--config", "configs/studies/world.yaml", "--threads", "0"],
+            "--threads must be at least",
+        ),
+    ],
+)
+def test_a_wrong_way_into_a_study_is_answered_with_the_right_one(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code != 0
+    error = capsys.readouterr().err.splitlines()[0]
+    assert error.startswith("error: ")
+    assert expected in error
+
+
 def test_values_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = ["true", "12", True, 12, 1.5, None, ["true", 1], {"a": "true", "b": [2, "x"]}]
     changes = {f"path.{number}": value for number, value in enumerate(values)}

@@ -85,7 +85,8 @@ def test_another_choice_of_tuning_leaves_the_old_runs_out(given: dict[str, Any])
     for heading in ("chosen setting", "command"):  # long, so it may be wrapped where it stands last
         tables = [part.split("</thead>")[0] for part in page.split("<table")[1:]]
         wide = [table for table in tables if f"<th>{heading}</th>" in table]
-        assert wide and all(table.startswith(' class="words-last"') for table in wide)
+        assert wide
+        assert all(table.startswith(' class="words-last"') for table in wide)
         assert all(table.endswith(f"<th>{heading}</th></tr>") for table in wide)
 
 
