@@ -150,9 +150,7 @@ class CheckpointConnector(_CheckpointConnector):
         saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
         if saves and trainer.is_global_zero:
             # Before anything else is there, so that a run is known from its first moment.
-            first = trainer.loggers[0] if trainer.loggers else None
-            folder = getattr(first, "log_dir", None) or trainer.default_root_dir
-            begin_run(Path(folder), self._configuration())
+            begin_run(trainer.run_folder, self._configuration())
         return path
 
     def _parse_ckpt_path(
@@ -181,6 +179,7 @@ class CheckpointConnector(_CheckpointConnector):
                 f"--ckpt_path last: there is no run of this configuration in {root}: one begins"
             )
             return None
+        trainer.run_folder = run
         logs = {} if path is None else run_state(path)["logs"]
         for logger in trainer.loggers:
             if isinstance(logger, (BoardLogger, TableLogger)):

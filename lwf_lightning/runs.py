@@ -159,5 +159,3 @@ def _newest_first(root: Path) -> Iterator[Path]:
         if re.fullmatch(r"version_\d+", folder.name) and (folder / _RUN_FILE).is_file()
     }
     yield from (numbered[number] for number in sorted(numbered, reverse=True))
-    if (root / _RUN_FILE).is_file():  # a run without loggers
-        yield root

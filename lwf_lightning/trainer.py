@@ -67,18 +67,22 @@ class LWFTrainer(L.Trainer):
 
     Args:
         *args: See Lightning's Trainer.
-        logger: True for TensorBoard and a CSV file, side by side in
-            ``<default_root_dir>/version_<n>``; False for none; or loggers of your own.
+        logger: True for TensorBoard and a CSV file, side by side in the run folder; False for
+            none; or loggers of your own, which write where they see fit.
         callbacks: See Lightning's Trainer. A
             :class:`~lwf_lightning.callbacks.StepCheckpoint` is added unless there is one, or
             ``enable_checkpointing`` is False.
         enable_progress_bar: Whether to show progress: with the phase, unless ``callbacks`` holds
             a progress bar of your own.
         ascent_guard: Whether to add an AscentGuard, unless ``callbacks`` holds one.
-        default_root_dir: Folder of this experiment's runs.
+        default_root_dir: Folder of this experiment's runs, ``version_<n>``.
         strategy: ``auto``, ``ddp``, or ModelParallelStrategy for FSDP2; see docs/multi-gpu.md.
         use_distributed_sampler: Stays off: the datamodule shares out the texts itself.
         **kwargs: See Lightning's Trainer.
+
+    Attributes:
+        run_folder: The folder of the run, whatever the loggers: a new one, or that of the run that
+            goes on.
     """
 
     def __init__(
@@ -99,12 +103,13 @@ class LWFTrainer(L.Trainer):
         for flag, (default, instead) in _INSTEAD.items():
             if kwargs.get(flag) not in (None, default):
                 raise ValueError(f"trainer.{flag} belongs to automatic optimization: set {instead}")
+        board = BoardLogger(default_root_dir)
+        self.run_folder = Path(board.log_dir)
         if logger is None or logger is True:
             # Two loggers share a folder on purpose; the CSV one would warn that it is not empty.
             warnings.filterwarnings("ignore", message="Experiment logs directory")
             # It means optimizers stepped since the save; here a save comes after its step.
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optim")
-            board = BoardLogger(default_root_dir)
             logger = [board, TableLogger(default_root_dir, version=f"version_{board.version}")]
         # What is logged at the end of an epoch is the same on every rank already.
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
@@ -137,6 +142,13 @@ class LWFTrainer(L.Trainer):
         self.fit_loop.epoch_loop = StepLoop(self, loop.min_steps, loop.max_steps)
         self._checkpoint_connector: CheckpointConnector = CheckpointConnector(self)
         self._signal_connector = SignalConnector(self)
+
+    @property
+    def log_dir(self) -> str | None:
+        """The first process's ``run_folder``, to be asked for on all; None in ``fast_dev_run``."""
+        if self.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        return str(self.strategy.broadcast(str(self.run_folder)))
 
     def elicit(
         self,

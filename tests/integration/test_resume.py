@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lwf_lightning.callbacks import AscentGuard, ExportCallback, StepCheckpoint
 from lwf_lightning.checkpoint_io import _SummedFile
@@ -40,11 +41,18 @@ def fit(make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path) 
     """Runs a fit of plain fine-tuning; gives its trainer, module and number of steps."""
 
     def run(
-        ckpt_path: str | None = None, *, steps: int = 6, root: Path = tmp_path, **model: Any
+        ckpt_path: str | None = None,
+        *more: L.Callback,
+        steps: int = 6,
+        root: Path = tmp_path,
+        logger: Any = True,
+        **model: Any,
     ) -> Any:
         module, counter = make_module(schedule="never", **model), Counter()
-        callbacks = [StepCheckpoint(every_n_steps=2), counter]
-        trainer = make_trainer(max_steps=steps, callbacks=callbacks, default_root_dir=root)
+        callbacks = [StepCheckpoint(every_n_steps=2), counter, *more]
+        trainer = make_trainer(
+            max_steps=steps, callbacks=callbacks, default_root_dir=root, logger=logger
+        )
         trainer.fit(module, make_data(), ckpt_path=ckpt_path)
         return trainer, module, counter.steps
 
@@ -219,6 +227,35 @@ def test_what_shapes_the_result_outside_module_and_data_makes_another_run(
     # Nothing that changes no result, nor another callback, makes it another run.
     more = {"batch_size": 3, "save_tensors": False}
     assert fit(seed, precision, ExportCallback(), **callbacks, **more) == 0
+
+
+class OwnLogger(DummyLogger):
+    """A logger of one's own: as many are, with one ``save_dir`` for all runs, or none."""
+
+    def __init__(self, save_dir: str | None) -> None:
+        super().__init__()
+        self.folder = save_dir
+
+    @property
+    def save_dir(self) -> str | None:
+        return self.folder
+
+
+@pytest.mark.parametrize("logger", [False, OwnLogger(None), OwnLogger("own")])
+def test_whatever_the_loggers_a_run_is_found_again_and_no_other_for_it(
+    logger: Any, fit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, _, _ = fit(logger=logger, steps=3)
+    with suppress(SystemExit):  # of a run of another configuration, before its first checkpoint
+        fit(None, Stop(-1, 1), logger=logger, steps=3, learning_rate=3e-3)
+    second, _, steps = fit("last", logger=logger, steps=3, learning_rate=3e-3)
+    assert steps == 3
+    again, _, steps = fit("last", logger=logger, steps=4)
+    assert steps == 1
+    runs = [Path(str(trainer.log_dir)) for trainer in (first, second, again)]
+    assert runs == [tmp_path / f"version_{number}" for number in (0, 1, 0)]
+    assert {path.name for path in tmp_path.iterdir()} <= {"version_0", "version_1", "cache"}
 
 
 def test_another_reading_of_the_tasks_is_another_run(
