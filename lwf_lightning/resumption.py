@@ -218,8 +218,8 @@ class CheckpointConnector(_CheckpointConnector):
 
 
 def step_checkpoint(trainer: Any) -> StepCheckpoint | None:
-    """The trainer's StepCheckpoint."""
+    """The trainer's StepCheckpoint; None if it has none, or saves nothing."""
     for callback in trainer.callbacks:
-        if isinstance(callback, StepCheckpoint):
+        if isinstance(callback, StepCheckpoint) and not trainer.fast_dev_run:
             return callback
     return None

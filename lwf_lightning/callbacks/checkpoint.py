@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lwf_lightning.files import remove_leftovers
 from lwf_lightning.loggers import BoardLogger, TableLogger
-from lwf_lightning.runs import checkpoints
+from lwf_lightning.runs import checkpoints, folder_of
 
 
 class StepCheckpoint(Checkpoint):
@@ -48,10 +48,10 @@ class StepCheckpoint(Checkpoint):
         """Finds the run folder."""
         if stage != "fit":
             return
-        self._folder = Path(str(trainer.log_dir))
+        self._folder = folder_of(trainer) or Path()
         self._saved_at = 0
         self._limits = None
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             remove_leftovers(self._folder)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,7 +63,7 @@ class StepCheckpoint(Checkpoint):
     def between_steps(self, trainer: L.Trainer) -> None:
         """Saves if it is time; the trainer calls this before each learning step."""
         step = trainer.global_step
-        if step > self._saved_at and step % self.every_n_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if step > self._saved_at and step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
