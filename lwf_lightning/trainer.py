@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from math import prod
@@ -53,8 +54,11 @@ class _Elicit(L.Callback):
 class _Score(L.Callback):
     """Stops a fit before its first step, after one refresh of the FisherCallback."""
 
+    has_scored = False  # a checkpoint brings scores of its own
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _fisher_callback(trainer).refresh(trainer, pl_module)
+        self.has_scored = True
         trainer.should_stop = True
 
 
@@ -199,9 +203,10 @@ class LWFTrainer(L.Trainer):
         """
         callback = _fisher_callback(self)
         callback.save_tensors = False
-        knowledge = self._stop_early(_Score(), model, datamodule, ckpt_path, weights_only)
-        if callback.scores is None or callback.forget_set is None:
-            raise ValueError("nothing was scored")
+        stop = _Score()
+        knowledge = self._stop_early(stop, model, datamodule, ckpt_path, weights_only)
+        if not stop.has_scored or callback.scores is None or callback.forget_set is None:
+            raise ValueError("nothing was scored: trainer.limit_train_batches leaves no batch")
         if not self.is_global_zero:
             return
         write_jsonl(output, score_rows(knowledge.texts, callback.scores, callback.forget_set))
@@ -300,6 +305,8 @@ class LWFTrainer(L.Trainer):
         self.num_sanity_val_steps = 0
         self.limit_val_batches = 0
         self.fit_loop.min_epochs, self.fit_loop.epoch_loop.min_steps = 0, None
+        # A run that its limits have ended would not be begun at all.
+        self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = -1, sys.maxsize
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
         if datamodule.self_knowledge is None:
             raise ValueError("the run stopped before anything was elicited")
