@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lwf_lightning.callbacks.checkpoint import StepCheckpoint
+from lwf_lightning.callbacks.checkpoint import StepCheckpoint, time_is_up
 from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.runs import (
     begin_run,
@@ -41,6 +41,15 @@ class StepLoop(_TrainingEpochLoop):
 
     restarting: bool
     _between_steps = False
+
+    def run(self, data_fetcher: _DataFetcher) -> None:
+        """Takes the steps of an epoch; where time is up within it, saves before it is ended."""
+        super().run(data_fetcher)
+        saver = step_checkpoint(self.trainer)
+        if saver is not None and not self._is_training_done and time_is_up(self.trainer):
+            self._between_steps = True
+            saver.save(self.trainer)
+            self._between_steps = False
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Saves or leaves if that is due, then takes the next step."""
