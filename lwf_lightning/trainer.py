@@ -71,8 +71,9 @@ class LWFTrainer(L.Trainer):
 
     Args:
         *args: See Lightning's Trainer.
-        logger: True for TensorBoard and a CSV file, side by side in the run folder; False for
-            none; or loggers of your own, which write where they see fit.
+        logger: True for TensorBoard and a CSV file, side by side in the run folder (none
+            in ``barebones``); False for none; or loggers of your own, which write where they see
+            fit.
         callbacks: See Lightning's Trainer. A
             :class:`~lwf_lightning.callbacks.StepCheckpoint` is added unless there is one, or
             ``enable_checkpointing`` is False.
@@ -107,6 +108,9 @@ class LWFTrainer(L.Trainer):
         for flag, (default, instead) in _INSTEAD.items():
             if kwargs.get(flag) not in (None, default):
                 raise ValueError(f"trainer.{flag} belongs to automatic optimization: set {instead}")
+        if kwargs.get("barebones"):  # nothing is added; Lightning refuses what is asked for
+            logger = False if logger is None or logger is True else logger
+            enable_progress_bar = bool(enable_progress_bar)
         board = BoardLogger(default_root_dir)
         self.run_folder = Path(board.log_dir)
         if logger is None or logger is True:

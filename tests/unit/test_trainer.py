@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lwf_lightning.trainer import LWFTrainer
+
 Make = Callable[..., Any]
 
 
@@ -44,3 +46,19 @@ def test_without_a_batch_to_begin_with_nothing_is_scored(
     trainer = make_trainer(callbacks=[make_callback()], limit_train_batches=0)
     with pytest.raises(ValueError, match=r"nothing was scored: .*limit_train_batches"):
         trainer.score(make_module(), make_data(), output=str(tmp_path / "scores.jsonl"))
+
+
+def test_barebones_trains_and_writes_nothing(
+    make_module: Make,
+    make_data: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    module, fisher = make_module(schedule="ahead", ahead_steps=1), make_callback(save_tensors=False)
+    trainer = LWFTrainer(barebones=True, max_steps=1, accelerator="cpu", callbacks=[fisher])
+    trainer.fit(module, make_data())
+    assert trainer.global_step == module.unlearning_steps == 1
+    assert list(Path().iterdir()) == []
