@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
@@ -23,6 +22,7 @@ from lwf_lightning.metrics import (
     choice_log_likelihoods,
     predicted_choices,
 )
+from lwf_lightning.runs import folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,14 +90,15 @@ class EvaluationMixin(L.LightningModule):
         self._predictions: list[dict[str, Any]] = []
 
     def on_predict_end(self) -> None:
-        """Writes ``predictions.jsonl`` into the run folder."""
-        folder = Path(str(self.trainer.log_dir))
+        """Writes ``predictions.jsonl`` into the run folder, but not in ``fast_dev_run``."""
+        folder = folder_of(self.trainer)
         ranks = ranks_of(self.trainer)
         rows = ranks.merge(self._predictions)
-        if ranks.is_first:
+        if folder and ranks.is_first:
             write_jsonl(folder / "predictions.jsonl", rows)
         right = sum(row["correct"] for row in rows)
-        rank_zero_info(f"{right} of {len(rows)} answers are right: {folder}/predictions.jsonl")
+        where = f": {folder}/predictions.jsonl" if folder else ""
+        rank_zero_info(f"{right} of {len(rows)} answers are right{where}")
 
     @property
     def _data(self) -> Any:

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lwf_lightning.callbacks.checkpoint import StepCheckpoint
+from lwf_lightning.callbacks.checkpoint import StepCheckpoint, time_is_up
 from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.runs import (
     begin_run,
@@ -41,6 +41,15 @@ class StepLoop(_TrainingEpochLoop):
 
     restarting: bool
     _between_steps = False
+
+    def run(self, data_fetcher: _DataFetcher) -> None:
+        """Takes the steps of an epoch; where time is up within it, saves before it is ended."""
+        super().run(data_fetcher)
+        saver = step_checkpoint(self.trainer)
+        if saver is not None and not self._is_training_done and time_is_up(self.trainer):
+            self._between_steps = True
+            saver.save(self.trainer)
+            self._between_steps = False
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Saves or leaves if that is due, then takes the next step."""
@@ -150,9 +159,7 @@ class CheckpointConnector(_CheckpointConnector):
         saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
         if saves and trainer.is_global_zero:
             # Before anything else is there, so that a run is known from its first moment.
-            first = trainer.loggers[0] if trainer.loggers else None
-            folder = getattr(first, "log_dir", None) or trainer.default_root_dir
-            begin_run(Path(folder), self._configuration())
+            begin_run(trainer.run_folder, self._configuration())
         return path
 
     def _parse_ckpt_path(
@@ -181,6 +188,7 @@ class CheckpointConnector(_CheckpointConnector):
                 f"--ckpt_path last: there is no run of this configuration in {root}: one begins"
             )
             return None
+        trainer.run_folder = run
         logs = {} if path is None else run_state(path)["logs"]
         for logger in trainer.loggers:
             if isinstance(logger, (BoardLogger, TableLogger)):
@@ -219,8 +227,8 @@ class CheckpointConnector(_CheckpointConnector):
 
 
 def step_checkpoint(trainer: Any) -> StepCheckpoint | None:
-    """The trainer's StepCheckpoint."""
+    """The trainer's StepCheckpoint; None if it has none, or saves nothing."""
     for callback in trainer.callbacks:
-        if isinstance(callback, StepCheckpoint):
+        if isinstance(callback, StepCheckpoint) and not trainer.fast_dev_run:
             return callback
     return None

@@ -56,6 +56,15 @@ def configuration(
     return dict(json.loads(json.dumps(kept, default=str, sort_keys=True)))
 
 
+def folder_of(trainer: L.Trainer) -> Path | None:
+    """The folder that a trainer writes to, to be asked for on all processes; None if to none.
+
+    With a Trainer of Lightning's own it may hold what others wrote.
+    """
+    folder = trainer.log_dir or trainer.default_root_dir
+    return None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]
+
+
 def begin_run(folder: Path, values: Mapping[str, Any]) -> None:
     """Marks a run folder as that of a run with this configuration; a new one appears marked."""
     text = json.dumps(values, indent=1, sort_keys=True)
@@ -159,5 +168,3 @@ def _newest_first(root: Path) -> Iterator[Path]:
         if re.fullmatch(r"version_\d+", folder.name) and (folder / _RUN_FILE).is_file()
     }
     yield from (numbered[number] for number in sorted(numbered, reverse=True))
-    if (root / _RUN_FILE).is_file():  # a run without loggers
-        yield root

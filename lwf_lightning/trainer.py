@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from math import prod
@@ -53,8 +54,11 @@ class _Elicit(L.Callback):
 class _Score(L.Callback):
     """Stops a fit before its first step, after one refresh of the FisherCallback."""
 
+    has_scored = False  # a checkpoint brings scores of its own
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _fisher_callback(trainer).refresh(trainer, pl_module)
+        self.has_scored = True
         trainer.should_stop = True
 
 
@@ -67,18 +71,23 @@ class LWFTrainer(L.Trainer):
 
     Args:
         *args: See Lightning's Trainer.
-        logger: True for TensorBoard and a CSV file, side by side in
-            ``<default_root_dir>/version_<n>``; False for none; or loggers of your own.
+        logger: True for TensorBoard and a CSV file, side by side in the run folder (none
+            in ``barebones``); False for none; or loggers of your own, which write where they see
+            fit.
         callbacks: See Lightning's Trainer. A
             :class:`~lwf_lightning.callbacks.StepCheckpoint` is added unless there is one, or
             ``enable_checkpointing`` is False.
         enable_progress_bar: Whether to show progress: with the phase, unless ``callbacks`` holds
             a progress bar of your own.
         ascent_guard: Whether to add an AscentGuard, unless ``callbacks`` holds one.
-        default_root_dir: Folder of this experiment's runs.
+        default_root_dir: Folder of this experiment's runs, ``version_<n>``.
         strategy: ``auto``, ``ddp``, or ModelParallelStrategy for FSDP2; see docs/multi-gpu.md.
         use_distributed_sampler: Stays off: the datamodule shares out the texts itself.
         **kwargs: See Lightning's Trainer.
+
+    Attributes:
+        run_folder: The folder of the run, whatever the loggers: a new one, or that of the run that
+            goes on.
     """
 
     def __init__(
@@ -99,12 +108,16 @@ class LWFTrainer(L.Trainer):
         for flag, (default, instead) in _INSTEAD.items():
             if kwargs.get(flag) not in (None, default):
                 raise ValueError(f"trainer.{flag} belongs to automatic optimization: set {instead}")
+        if kwargs.get("barebones"):  # nothing is added; Lightning refuses what is asked for
+            logger = False if logger is None or logger is True else logger
+            enable_progress_bar = bool(enable_progress_bar)
+        board = BoardLogger(default_root_dir)
+        self.run_folder = Path(board.log_dir)
         if logger is None or logger is True:
             # Two loggers share a folder on purpose; the CSV one would warn that it is not empty.
             warnings.filterwarnings("ignore", message="Experiment logs directory")
             # It means optimizers stepped since the save; here a save comes after its step.
             warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optim")
-            board = BoardLogger(default_root_dir)
             logger = [board, TableLogger(default_root_dir, version=f"version_{board.version}")]
         # What is logged at the end of an epoch is the same on every rank already.
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
@@ -137,6 +150,13 @@ class LWFTrainer(L.Trainer):
         self.fit_loop.epoch_loop = StepLoop(self, loop.min_steps, loop.max_steps)
         self._checkpoint_connector: CheckpointConnector = CheckpointConnector(self)
         self._signal_connector = SignalConnector(self)
+
+    @property
+    def log_dir(self) -> str | None:
+        """The first process's ``run_folder``, to be asked for on all; None in ``fast_dev_run``."""
+        if self.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        return str(self.strategy.broadcast(str(self.run_folder)))
 
     def elicit(
         self,
@@ -187,9 +207,10 @@ class LWFTrainer(L.Trainer):
         """
         callback = _fisher_callback(self)
         callback.save_tensors = False
-        knowledge = self._stop_early(_Score(), model, datamodule, ckpt_path, weights_only)
-        if callback.scores is None or callback.forget_set is None:
-            raise ValueError("nothing was scored")
+        stop = _Score()
+        knowledge = self._stop_early(stop, model, datamodule, ckpt_path, weights_only)
+        if not stop.has_scored or callback.scores is None or callback.forget_set is None:
+            raise ValueError("nothing was scored: trainer.limit_train_batches leaves no batch")
         if not self.is_global_zero:
             return
         write_jsonl(output, score_rows(knowledge.texts, callback.scores, callback.forget_set))
@@ -288,6 +309,8 @@ class LWFTrainer(L.Trainer):
         self.num_sanity_val_steps = 0
         self.limit_val_batches = 0
         self.fit_loop.min_epochs, self.fit_loop.epoch_loop.min_steps = 0, None
+        # A run that its limits have ended would not be begun at all.
+        self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = -1, sys.maxsize
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
         if datamodule.self_knowledge is None:
             raise ValueError("the run stopped before anything was elicited")

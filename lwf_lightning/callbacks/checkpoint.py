@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lwf_lightning.files import remove_leftovers
 from lwf_lightning.loggers import BoardLogger, TableLogger
-from lwf_lightning.runs import checkpoints
+from lwf_lightning.runs import checkpoints, folder_of
 
 
 class StepCheckpoint(Checkpoint):
@@ -48,10 +48,10 @@ class StepCheckpoint(Checkpoint):
         """Finds the run folder."""
         if stage != "fit":
             return
-        self._folder = Path(str(trainer.log_dir))
+        self._folder = folder_of(trainer) or Path()
         self._saved_at = 0
         self._limits = None
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             remove_leftovers(self._folder)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,14 +63,18 @@ class StepCheckpoint(Checkpoint):
     def between_steps(self, trainer: L.Trainer) -> None:
         """Saves if it is time; the trainer calls this before each learning step."""
         step = trainer.global_step
-        if step > self._saved_at and step % self.every_n_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if step > self._saved_at and step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the end of the run."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Saves the end of the run; one whose time was up within an epoch is saved as it was."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not time_is_up(trainer):
             self._limits = _limits(trainer)
-            self.save(trainer)
+        elif self._saved_at == trainer.global_step:
+            return
+        self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> Path:
         """Saves, and removes what is no longer kept.
@@ -112,6 +116,13 @@ class StepCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state back."""
         self._limits = state_dict["limits"]
+
+
+def time_is_up(trainer: Any) -> bool:
+    """Whether ``trainer.max_time`` has run out for the first process, to be asked for on all."""
+    left = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
+    up = any(seconds is not None and seconds <= 0 for seconds in left)
+    return bool(trainer.strategy.broadcast(up))
 
 
 def _limits(trainer: L.Trainer) -> list[Any]:

@@ -225,7 +225,8 @@ class FisherCallback(L.Callback):
         for name in self._base_weights or {}:  # the strategy may have moved or cast the model
             self._base_weights[name] = self._base_weights[name].to(parameters[name])  # type: ignore[index]
         ranks_of(trainer).copy_first((self._base_weights or {}).values())
-        rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, self.save_tensors)}")
+        saved = self.save_tensors and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, saved)}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -307,7 +308,9 @@ class FisherCallback(L.Callback):
             ValueError: If none were saved or the file is damaged.
         """
         if self.tensors_file is None:
-            raise ValueError("no Fisher was saved: there was no refresh, or save_tensors is off")
+            raise ValueError(
+                "no Fisher was saved: there was no refresh, save_tensors is off, or fast_dev_run on"
+            )
         return read_tensors(self.tensors_file)
 
     def _probe(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -30,6 +29,7 @@ from lwf_lightning.forgetting.weights import copy_weights, put_back, relative_ch
 from lwf_lightning.metrics.fluency import Fluency
 from lwf_lightning.module import LWFModule
 from lwf_lightning.optimization import reset_state
+from lwf_lightning.runs import folder_of
 
 _ADVICE = {
     "undo and damp": "Nothing is lost; a lower model.init_args.unlearning_scale avoids it",
@@ -293,8 +293,8 @@ class AscentGuard(L.Callback):
         damped = f" (damped to {self.scale:.3g} of unlearning_scale)" if self.scale < 1 else ""
         rank_zero_info(f"AscentGuard: step {step}: {breach}: {action}. {_ADVICE[action]}{damped}")
         self._log({"guard/actions": float(len(self.state.records))})
-        folder = Path(str(self._trainer.log_dir))  # on every process: it waits for the others
-        if self._trainer.loggers and ranks_of(self._trainer).is_first:
+        folder = folder_of(self._trainer)
+        if folder and self._trainer.loggers and ranks_of(self._trainer).is_first:
             write_jsonl(folder / "guard.jsonl", self.state.records)
 
     def _log(self, figures: Mapping[str, float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,6 +13,7 @@ from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.confidence import ForgettingConfidence
 from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
+from lwf_lightning.runs import folder_of
 from lwf_lightning.shards import local, whole
 
 
@@ -38,8 +38,8 @@ def log_refresh(
             logger.experiment.add_histogram("forget/confidence", confidence, step)
             if rows:
                 logger.experiment.add_text("forget/texts", markdown_table(rows), step)
-    folder = Path(str(trainer.log_dir))  # asked for on every rank: the first one answers
-    if rows and trainer.loggers and trainer.is_global_zero:
+    folder = folder_of(trainer)
+    if folder and rows and trainer.loggers and trainer.is_global_zero:
         write_jsonl(folder / "scores" / f"step-{step:06d}.jsonl", rows)
     rank_zero_info(
         f"FisherCallback: step {step}: {len(forget_set)} of {len(confidence)} texts "
@@ -49,12 +49,16 @@ def log_refresh(
 
 def write_tensors(
     trainer: L.Trainer, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
-) -> str:
+) -> str | None:
     """Writes ``fisher/step-<n>.safetensors`` into the run folder and returns its path.
 
-    One file per refresh: an earlier checkpoint goes on pointing to its own.
+    One file per refresh: an earlier checkpoint goes on pointing to its own. In ``fast_dev_run``
+    nothing is written.
     """
-    file = Path(str(trainer.log_dir)) / "fisher" / f"step-{trainer.global_step:06d}.safetensors"
+    folder = folder_of(trainer)
+    if folder is None:
+        return None
+    file = folder / "fisher" / f"step-{trainer.global_step:06d}.safetensors"
     tensors = {}
     for kind, part in {"fisher": fisher, "anchor": anchor}.items():
         for name, tensor in part.items():

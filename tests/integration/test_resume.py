@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lwf_lightning.callbacks import AscentGuard, ExportCallback, StepCheckpoint
 from lwf_lightning.checkpoint_io import _SummedFile
@@ -40,11 +43,18 @@ def fit(make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path) 
     """Runs a fit of plain fine-tuning; gives its trainer, module and number of steps."""
 
     def run(
-        ckpt_path: str | None = None, *, steps: int = 6, root: Path = tmp_path, **model: Any
+        ckpt_path: str | None = None,
+        *more: L.Callback,
+        steps: int = 6,
+        root: Path = tmp_path,
+        logger: Any = True,
+        **model: Any,
     ) -> Any:
         module, counter = make_module(schedule="never", **model), Counter()
-        callbacks = [StepCheckpoint(every_n_steps=2), counter]
-        trainer = make_trainer(max_steps=steps, callbacks=callbacks, default_root_dir=root)
+        callbacks = [StepCheckpoint(every_n_steps=2), counter, *more]
+        trainer = make_trainer(
+            max_steps=steps, callbacks=callbacks, default_root_dir=root, logger=logger
+        )
         trainer.fit(module, make_data(), ckpt_path=ckpt_path)
         return trainer, module, counter.steps
 
@@ -123,6 +133,60 @@ def test_a_run_that_has_finished_has_nothing_left_to_do(
     assert steps == 3
     assert trainer.global_step == 9
     assert Path(str(trainer.log_dir)).name == "version_0"
+
+
+class TimeIsUp(Timer):
+    """``trainer.max_time``, counted in steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(timedelta(seconds=steps))
+        self.step = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self.step = trainer.global_step
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        return self.step
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["time_elapsed"]["train"]
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 8}, {"max_steps": -1, "max_epochs": 1}])
+def test_a_run_whose_time_is_up_goes_on_with_more_time(
+    limits: dict[str, int],
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fit(name: str, *more: L.Callback) -> tuple[int, dict[str, torch.Tensor]]:
+        module, counter = make_module(schedule="never"), Counter()
+        root, callbacks = tmp_path / name, [counter, *more]
+        trainer = make_trainer(default_root_dir=root, callbacks=callbacks, **limits)
+        trainer.fit(module, make_data(), ckpt_path="last")
+        return counter.steps, copy_weights(module.model)
+
+    steps, whole = fit("whole")
+    assert [fit("cut", TimeIsUp(time))[0] for time in (3, 3, 5)] == [3, 0, 2]
+    assert "has finished" not in caplog.text
+    rest, weights = fit("cut")  # with no end of time
+    assert rest == steps - 5
+    torch.testing.assert_close(weights, whole, rtol=0, atol=0)
+    assert fit("cut", TimeIsUp(5))[0] == 0
+    assert "version_0 has finished: nothing is left to do" in caplog.text
+
+
+def test_a_run_that_stopped_by_itself_has_finished(fit: Make) -> None:
+    class Enough(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    assert fit(None, Enough())[2] == 3
+    assert fit("last", Enough())[2] == 0
+    assert fit("last", steps=7)[2] == 4
 
 
 class Stop(L.Callback):
@@ -219,6 +283,35 @@ def test_what_shapes_the_result_outside_module_and_data_makes_another_run(
     # Nothing that changes no result, nor another callback, makes it another run.
     more = {"batch_size": 3, "save_tensors": False}
     assert fit(seed, precision, ExportCallback(), **callbacks, **more) == 0
+
+
+class OwnLogger(DummyLogger):
+    """A logger of one's own: as many are, with one ``save_dir`` for all runs, or none."""
+
+    def __init__(self, save_dir: str | None) -> None:
+        super().__init__()
+        self.folder = save_dir
+
+    @property
+    def save_dir(self) -> str | None:
+        return self.folder
+
+
+@pytest.mark.parametrize("logger", [False, OwnLogger(None), OwnLogger("own")])
+def test_whatever_the_loggers_a_run_is_found_again_and_no_other_for_it(
+    logger: Any, fit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, _, _ = fit(logger=logger, steps=3)
+    with suppress(SystemExit):  # of a run of another configuration, before its first checkpoint
+        fit(None, Stop(-1, 1), logger=logger, steps=3, learning_rate=3e-3)
+    second, _, steps = fit("last", logger=logger, steps=3, learning_rate=3e-3)
+    assert steps == 3
+    again, _, steps = fit("last", logger=logger, steps=4)
+    assert steps == 1
+    runs = [Path(str(trainer.log_dir)) for trainer in (first, second, again)]
+    assert runs == [tmp_path / f"version_{number}" for number in (0, 1, 0)]
+    assert {path.name for path in tmp_path.iterdir()} <= {"version_0", "version_1", "cache"}
 
 
 def test_another_reading_of_the_tasks_is_another_run(

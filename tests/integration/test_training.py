@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
+from lwf_lightning.callbacks import AscentGuard, ExportCallback, StepCheckpoint
 from lwf_lightning.data.batch import collate
 from lwf_lightning.data.sampler import batch_indices
 from lwf_lightning.forgetting.weights import copy_weights
@@ -63,6 +64,29 @@ def test_never_is_plain_fine_tuning_bit_for_bit(
         schedule.step()
         optimizer.zero_grad()
         torch.testing.assert_close(copy_weights(model), recorder.weights[step], rtol=0, atol=0)
+
+
+def test_fast_dev_run_writes_nothing(
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    fisher, guard = make_callback(), AscentGuard(max_rise=1e-9)
+    callbacks = [fisher, guard, StepCheckpoint(every_n_steps=1), ExportCallback()]
+    trainer = make_trainer(fast_dev_run=2, default_root_dir="runs", callbacks=callbacks)
+    module, data = make_module(schedule="ahead", ahead_steps=2), make_data()
+    trainer.fit(module, data)
+    trainer.predict(module, data, return_predictions=False)
+    assert fisher.scores is not None
+    assert guard.state.records
+    with pytest.raises(ValueError, match="no Fisher was saved"):
+        fisher.load_tensors()
+    assert list(Path().iterdir()) == []
 
 
 def test_only_learning_steps_are_counted(

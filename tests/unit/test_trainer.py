@@ -1,0 +1,64 @@
+"""The trainer's own entry points, and flags of Lightning's beside its defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lwf_lightning.trainer import LWFTrainer
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("limit", [{"max_steps": 2}, {"max_steps": -1, "max_epochs": 1}])
+@pytest.mark.parametrize("schedule", ["never", "periodic"])
+def test_a_finished_runs_checkpoint_is_scored_anew(
+    schedule: str,
+    limit: dict[str, int],
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+) -> None:
+    def score(name: str, **fisher: Any) -> list[dict[str, Any]]:
+        online = make_callback(anchor="online", refresh_interval=1, **fisher)
+        trainer, output = make_trainer(callbacks=[online], **limit), tmp_path / name
+        last = run.checkpoint_callback.best_model_path
+        trainer.score(make_module(), make_data(), ckpt_path=last, output=str(output))
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    run = make_trainer(callbacks=[make_callback()], limit_train_batches=2, **limit)
+    run.fit(make_module(schedule=schedule), make_data())
+    few, all_of_them = score("few.jsonl"), score("all.jsonl", forgetting_rate=1.0)
+    assert sum(row["selected"] for row in few) == -(-len(few) // 4)
+    assert all(row["selected"] for row in all_of_them)
+    assert [row["confidence"] for row in few] == [row["confidence"] for row in all_of_them]
+
+
+def test_without_a_batch_to_begin_with_nothing_is_scored(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
+) -> None:
+    trainer = make_trainer(callbacks=[make_callback()], limit_train_batches=0)
+    with pytest.raises(ValueError, match=r"nothing was scored: .*limit_train_batches"):
+        trainer.score(make_module(), make_data(), output=str(tmp_path / "scores.jsonl"))
+
+
+def test_barebones_trains_and_writes_nothing(
+    make_module: Make,
+    make_data: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    module, fisher = make_module(schedule="ahead", ahead_steps=1), make_callback(save_tensors=False)
+    trainer = LWFTrainer(barebones=True, max_steps=1, accelerator="cpu", callbacks=[fisher])
+    trainer.fit(module, make_data())
+    assert trainer.global_step == module.unlearning_steps == 1
+    assert list(Path().iterdir()) == []
