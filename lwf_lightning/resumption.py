@@ -27,9 +27,9 @@ from lwf_lightning.runs import (
     configuration,
     is_whole,
     last_whole_checkpoint,
-    newest_run,
     require_checkpoint,
     run_state,
+    runs_of,
 )
 
 if TYPE_CHECKING:
@@ -172,6 +172,12 @@ class CheckpointConnector(_CheckpointConnector):
         requeued = SLURMEnvironment.detect() and self._hpc_resume_path is not None
         if ckpt_path == "last":
             return self._last(state_fn)
+        saver: Any = self.trainer.checkpoint_callback
+        if ckpt_path == "best" and not getattr(saver, "best_model_path", ""):
+            raise ValueError(
+                "--ckpt_path best: no ModelCheckpoint of this trainer has chosen one; give a file, "
+                "or last"
+            )
         if ckpt_path is None and requeued and state_fn == TrainerFn.FITTING:
             ckpt_path = self._last(state_fn)
         return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
@@ -181,7 +187,7 @@ class CheckpointConnector(_CheckpointConnector):
         if step_checkpoint(trainer) is None or state_fn != TrainerFn.FITTING:  # no run to go on
             return self.last_checkpoint(trainer.lightning_module, trainer.datamodule)
         root = Path(trainer.default_root_dir)
-        run = newest_run(root, self._configuration())
+        run = next(iter(runs_of(root, self._configuration())), None)
         path = None if run is None else self._newest_of(run)
         if run is None:
             rank_zero_warn(
@@ -198,18 +204,20 @@ class CheckpointConnector(_CheckpointConnector):
         return path
 
     def last_checkpoint(self, module: Any, datamodule: Any) -> Path:
-        """The last checkpoint of the newest run of a configuration, to be looked at.
+        """The last checkpoint of the newest run of a configuration that has one, to be looked at.
 
         Raises:
             ValueError: If there is none.
         """
         trainer: Any = self.trainer
         root = Path(trainer.default_root_dir)
-        run = newest_run(root, configuration(trainer, module, datamodule))
-        path = None if run is None else self._newest_of(run)
-        if path is None:
-            raise ValueError(f"--ckpt_path last: {root} has no run of this configuration")
-        return path
+        runs = runs_of(root, configuration(trainer, module, datamodule))
+        for run in runs:
+            if (path := self._newest_of(run)) is not None:
+                return path
+            rank_zero_warn(f"{run} was interrupted before its first checkpoint: it is passed over")
+        what = "no checkpoint of a run" if runs else "no run"
+        raise ValueError(f"--ckpt_path last: {root} has {what} of this configuration")
 
     def _configuration(self) -> dict[str, Any]:
         trainer: Any = self.trainer

@@ -76,22 +76,24 @@ def begin_run(folder: Path, values: Mapping[str, Any]) -> None:
         (new / _RUN_FILE).write_text(text, encoding="utf-8")
 
 
-def newest_run(root: Path, values: Mapping[str, Any]) -> Path | None:
-    """The newest run folder of this configuration; a newer one of another is named in a warning.
+def runs_of(root: Path, values: Mapping[str, Any]) -> list[Path]:
+    """The run folders of this configuration, newest first; newer ones of others are named.
 
     Args:
         root: ``trainer.default_root_dir``; its run folders are ``version_<n>``.
         values: What :func:`configuration` gave.
     """
+    found, others = [], []
     for folder in _newest_first(root):
         theirs = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
         if theirs == values:
-            return folder
-        other = sorted(key for key in {*theirs, *values} if theirs.get(key) != values.get(key))
-        rank_zero_warn(
-            f"{folder} is a run with another {', '.join(other)}: it is not the one to go on with"
-        )
-    return None
+            found.append(folder)
+        elif not found:
+            other = sorted(key for key in {*theirs, *values} if theirs.get(key) != values.get(key))
+            others.append(f"{folder.name} (another {', '.join(other)})")
+    if others:
+        rank_zero_warn(f"newer runs in {root} are of other configurations: {'; '.join(others)}")
+    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -128,7 +130,9 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 def require_checkpoint(path: str | Path) -> None:
     """Raises ``FileNotFoundError`` if a local checkpoint is not there; names the flag."""
     if _is_local_file_protocol(path) and not Path(path).exists():
-        raise FileNotFoundError(f"--ckpt_path {path}: there is no such file or folder")
+        word = Path(path).name == str(path) and "." not in str(path)
+        meant = "; the newest run's is last, any other is named by its file" if word else ""
+        raise FileNotFoundError(f"--ckpt_path {path}: there is no such file or folder{meant}")
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -173,6 +173,8 @@ MISTAKES = {
     "--data.init_args.data_dir /nowhere": "/nowhere",
     "--model.init_args.model_name ./nowhere": "model.init_args.model_name",
     "--model.init_args.unlearning_interval 0": "unlearning_interval must be at least 1",
+    "--ckpt_path latest": "no such file or folder; the newest run's is last",
+    "--ckpt_path best": "--ckpt_path best: no ModelCheckpoint of this trainer has chosen one",
     "--ckpt_path missing.ckpt": "--ckpt_path missing.ckpt: there is no such file or folder",
     "--trainer.callbacks+=lwf_lightning.ExportCalback": "did you mean 'ExportCallback'?",
     "--trainer.precision 16-true": "trainer.precision 16-true is not supported",

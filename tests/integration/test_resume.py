@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,7 +235,7 @@ def test_another_configuration_is_another_run(fit: Make, recwarn: pytest.Warning
     trainer, _, steps = fit("last", learning_rate=3e-3)
     assert steps == 6
     assert Path(str(trainer.log_dir)).name == "version_1"
-    assert any("version_0 is a run with another model.init_args.learning_rate" in str(w.message)
+    assert any("version_0 (another model.init_args.learning_rate)" in str(w.message)
                for w in recwarn)  # fmt: skip
     trainer, _, steps = fit("last", max_skipped_steps=3)  # nothing that makes it another
     assert steps == 0
@@ -279,7 +280,7 @@ def test_what_shapes_the_result_outside_module_and_data_makes_another_run(
 
     assert fit(1, "32-true") == 2
     assert fit(seed, precision, **callbacks) == 2
-    assert any(f"version_0 is a run with another {differs}: it" in str(w.message) for w in recwarn)
+    assert any(f"version_0 (another {differs})" in str(w.message) for w in recwarn)
     # Nothing that changes no result, nor another callback, makes it another run.
     more = {"batch_size": 3, "save_tensors": False}
     assert fit(seed, precision, ExportCallback(), **callbacks, **more) == 0
@@ -319,7 +320,7 @@ def test_another_reading_of_the_tasks_is_another_run(
 ) -> None:
     fit()
     trainer = make_trainer(default_root_dir=tmp_path, max_steps=6)
-    with pytest.warns(UserWarning, match=r"another data\.init_args\.choice_style: it is not"):
+    with pytest.warns(UserWarning, match=r"another data\.init_args\.choice_style\)"):
         trainer.fit(
             make_module(schedule="never"), make_data(choice_style="letters"), ckpt_path="last"
         )
@@ -337,7 +338,20 @@ def test_without_a_run_one_begins_and_nothing_is_evaluated(
     with pytest.warns(UserWarning, match="no run of this configuration in .*: one begins"):
         trainer, _, steps = fit("last")
     assert steps == 6
-    assert test("last") == test(str(saved(trainer)[-1]))
+    first = test("last")
+    assert first == test(str(saved(trainer)[-1]))
+    # One that was interrupted before its first checkpoint hides none that has one.
+    newer = tmp_path / "version_99"
+    newer.mkdir()
+    marker = (tmp_path / "version_0" / "run.json").read_text()
+    (newer / "run.json").write_text(marker)
+    with pytest.warns(UserWarning, match="version_99 was interrupted before its first checkpoint"):
+        assert test("last") == first
+    shutil.rmtree(tmp_path / "version_0" / "checkpoints")
+    with pytest.raises(ValueError, match="has no checkpoint of a run of this configuration"):
+        test("last")
+    with pytest.raises(ValueError, match="--ckpt_path best: no ModelCheckpoint"):
+        test("best")
 
 
 def test_a_full_disk_stops_the_run_and_it_goes_on_later(
