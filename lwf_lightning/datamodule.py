@@ -224,26 +224,31 @@ class LWFDataModule(EvaluationDataMixin):
             raise ValueError(
                 "there is nothing to forget: name tasks in data.init_args.forgetting_tasks"
             )
-        names = [name for name, _ in self.forgetting_examples]
-        stop = dict.fromkeys(
-            text for name in self.forgetting_tasks for text in self.tasks[name].stop
-        )
-        knowledge = elicit(
-            model,
-            self._tokenizer,
-            [example.prompt for _, example in self.forgetting_examples],
-            tasks=names,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.elicit_batch_size,
-            stop=tuple(stop),
-            max_prompt_tokens=self.max_length,
-            chat_template=self.chat_template,
-            cache_dir=self.cache_dir or cache_root() / "self_knowledge",
-            ranks=ranks_of(self.trainer),
+        prompts: dict[str, list[str]] = {}
+        for name, example in self.forgetting_examples:
+            prompts.setdefault(name, []).append(example.prompt)
+        parts = [
+            elicit(
+                model,
+                self._tokenizer,
+                asked,
+                tasks=[name] * len(asked),
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.elicit_batch_size,
+                stop=self.tasks[name].stop,  # its own alone: another task's may be part of answers
+                max_prompt_tokens=self.max_length,
+                chat_template=self.chat_template,
+                cache_dir=self.cache_dir or cache_root() / "self_knowledge",
+                ranks=ranks_of(self.trainer),
+            )
+            for name, asked in prompts.items()
+        ]
+        knowledge = SelfKnowledge(
+            [text for part in parts for text in part.texts], sum(part.dropped for part in parts)
         )
         if not knowledge.texts:
             raise ValueError(
-                f"no texts are left in D_self: the base model's answers to all {len(names)} "
+                f"no texts are left in D_self: the base model's answers to all {knowledge.dropped} "
                 f"prompts of {', '.join(self.forgetting_tasks)} were empty. Look at the prompt "
                 "format, or choose other tasks in data.init_args.forgetting_tasks"
             )
