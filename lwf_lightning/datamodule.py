@@ -11,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lwf_lightning.data.arguments import check_arguments
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
-from lwf_lightning.data.evaluation import EvalItem, EvalSplit, Evaluation
+from lwf_lightning.data.evaluation import EvalItem, Evaluation
 from lwf_lightning.data.rows import Row, Split
 from lwf_lightning.data.sampler import ResumableLoader, filled_indices, seeded_sample
 from lwf_lightning.data.training import learning_texts, pooled_prompts
 from lwf_lightning.distributed import ranks_of
-from lwf_lightning.evaluation_data import EvaluationDataMixin
+from lwf_lightning.evaluation_data import EvalKey, EvaluationDataMixin
 from lwf_lightning.files import cache_root
 from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
 from lwf_lightning.tasks import (
@@ -153,7 +153,7 @@ class LWFDataModule(EvaluationDataMixin):
         self.forgetting_examples: list[tuple[str, Example]] = []
         self.self_knowledge: SelfKnowledge | None = None
         self.forget_set: list[int] | None = None
-        self._eval_items: dict[tuple[str, EvalSplit, Evaluation], list[EvalItem]] = {}
+        self._eval_items: dict[EvalKey, list[EvalItem]] = {}
         self._loader: ResumableLoader | None = None
         self._loader_state: dict[str, int] | None = None
         self._resumed_texts: str | None = None
@@ -175,12 +175,11 @@ class LWFDataModule(EvaluationDataMixin):
             if not self.learning_encoded:
                 self._prepare_training()
         if stage in ("fit", "validate"):
-            self._prepare_evaluation(self.eval_tasks, "validation", self.evaluation)
-            self._prepare_evaluation(self._seen_tasks, "seen", self.evaluation)
+            self._prepare_evaluation("val")
         if stage == "test":
-            self._prepare_evaluation(self.eval_tasks, "test", self.evaluation)
+            self._prepare_evaluation("test")
         if stage == "predict":
-            self._prepare_evaluation([self.learning_task], "test", "generate")
+            self._prepare_evaluation("predict")
 
     def _take_tokenizer(self) -> None:
         module: Any = None if self.trainer is None else self.trainer.lightning_module
