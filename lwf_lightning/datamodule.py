@@ -334,8 +334,13 @@ class LWFDataModule(EvaluationDataMixin):
         raise ValueError("the tokenizer has neither a pad token nor an end-of-text token")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of the learning task, one per learning step, in an order set by the seed."""
+        """Batches of the learning task, one per learning step, in an order set by the seed.
+
+        Made anew within a fit, it goes on where the last one was.
+        """
         ranks = ranks_of(self.trainer)
+        if self._loader is not None:
+            self._loader_state = self._loader.state_dict()
         self._loader = ResumableLoader(
             self.learning_encoded,
             self.batch_size,
@@ -367,6 +372,8 @@ class LWFDataModule(EvaluationDataMixin):
                 stacklevel=2,
             )
         self._loader_state = state_dict["loader"]
+        if self._loader is not None and self._loader_state is not None:
+            self._loader.load_state_dict(self._loader_state)  # some strategies restore that late
         self.forget_set = state_dict["forget_set"]
         self._resumed_texts = state_dict["self_texts"]
         self._check_resumed_texts()

@@ -180,6 +180,7 @@ MISTAKES = {
     "--trainer.precision bf17": "--trainer.precision: ",
     "--trainer.gradient_clip_val 1": "set model.init_args.max_grad_norm",
     "--trainer.accumulate_grad_batches 4": "set model.init_args.tokens_per_pass",
+    "--trainer.overfit_batches 1": "set data.init_args.learning_texts",
     "--trainer.devices 0": "devices",
     "--data.init_args.forgetting_tasks nope": "--data.init_args.forgetting_tasks: ",
     "--model.init_args.lora.r x": "x",
