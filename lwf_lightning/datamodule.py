@@ -11,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lwf_lightning.data.arguments import check_arguments
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
-from lwf_lightning.data.evaluation import EvalItem, EvalSplit, Evaluation
+from lwf_lightning.data.evaluation import EvalItem, Evaluation
 from lwf_lightning.data.rows import Row, Split
 from lwf_lightning.data.sampler import ResumableLoader, filled_indices, seeded_sample
 from lwf_lightning.data.training import learning_texts, pooled_prompts
 from lwf_lightning.distributed import ranks_of
-from lwf_lightning.evaluation_data import EvaluationDataMixin
+from lwf_lightning.evaluation_data import EvalKey, EvaluationDataMixin
 from lwf_lightning.files import cache_root
 from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
 from lwf_lightning.tasks import (
@@ -153,7 +153,7 @@ class LWFDataModule(EvaluationDataMixin):
         self.forgetting_examples: list[tuple[str, Example]] = []
         self.self_knowledge: SelfKnowledge | None = None
         self.forget_set: list[int] | None = None
-        self._eval_items: dict[tuple[str, EvalSplit, Evaluation], list[EvalItem]] = {}
+        self._eval_items: dict[EvalKey, list[EvalItem]] = {}
         self._loader: ResumableLoader | None = None
         self._loader_state: dict[str, int] | None = None
         self._resumed_texts: str | None = None
@@ -175,12 +175,11 @@ class LWFDataModule(EvaluationDataMixin):
             if not self.learning_encoded:
                 self._prepare_training()
         if stage in ("fit", "validate"):
-            self._prepare_evaluation(self.eval_tasks, "validation", self.evaluation)
-            self._prepare_evaluation(self._seen_tasks, "seen", self.evaluation)
+            self._prepare_evaluation("val")
         if stage == "test":
-            self._prepare_evaluation(self.eval_tasks, "test", self.evaluation)
+            self._prepare_evaluation("test")
         if stage == "predict":
-            self._prepare_evaluation([self.learning_task], "test", "generate")
+            self._prepare_evaluation("predict")
 
     def _take_tokenizer(self) -> None:
         module: Any = None if self.trainer is None else self.trainer.lightning_module
@@ -224,26 +223,31 @@ class LWFDataModule(EvaluationDataMixin):
             raise ValueError(
                 "there is nothing to forget: name tasks in data.init_args.forgetting_tasks"
             )
-        names = [name for name, _ in self.forgetting_examples]
-        stop = dict.fromkeys(
-            text for name in self.forgetting_tasks for text in self.tasks[name].stop
-        )
-        knowledge = elicit(
-            model,
-            self._tokenizer,
-            [example.prompt for _, example in self.forgetting_examples],
-            tasks=names,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.elicit_batch_size,
-            stop=tuple(stop),
-            max_prompt_tokens=self.max_length,
-            chat_template=self.chat_template,
-            cache_dir=self.cache_dir or cache_root() / "self_knowledge",
-            ranks=ranks_of(self.trainer),
+        prompts: dict[str, list[str]] = {}
+        for name, example in self.forgetting_examples:
+            prompts.setdefault(name, []).append(example.prompt)
+        parts = [
+            elicit(
+                model,
+                self._tokenizer,
+                asked,
+                tasks=[name] * len(asked),
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.elicit_batch_size,
+                stop=self.tasks[name].stop,  # its own alone: another task's may be part of answers
+                max_prompt_tokens=self.max_length,
+                chat_template=self.chat_template,
+                cache_dir=self.cache_dir or cache_root() / "self_knowledge",
+                ranks=ranks_of(self.trainer),
+            )
+            for name, asked in prompts.items()
+        ]
+        knowledge = SelfKnowledge(
+            [text for part in parts for text in part.texts], sum(part.dropped for part in parts)
         )
         if not knowledge.texts:
             raise ValueError(
-                f"no texts are left in D_self: the base model's answers to all {len(names)} "
+                f"no texts are left in D_self: the base model's answers to all {knowledge.dropped} "
                 f"prompts of {', '.join(self.forgetting_tasks)} were empty. Look at the prompt "
                 "format, or choose other tasks in data.init_args.forgetting_tasks"
             )
@@ -330,8 +334,13 @@ class LWFDataModule(EvaluationDataMixin):
         raise ValueError("the tokenizer has neither a pad token nor an end-of-text token")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of the learning task, one per learning step, in an order set by the seed."""
+        """Batches of the learning task, one per learning step, in an order set by the seed.
+
+        Made anew within a fit, it goes on where the last one was.
+        """
         ranks = ranks_of(self.trainer)
+        if self._loader is not None:
+            self._loader_state = self._loader.state_dict()
         self._loader = ResumableLoader(
             self.learning_encoded,
             self.batch_size,
@@ -363,6 +372,8 @@ class LWFDataModule(EvaluationDataMixin):
                 stacklevel=2,
             )
         self._loader_state = state_dict["loader"]
+        if self._loader is not None and self._loader_state is not None:
+            self._loader.load_state_dict(self._loader_state)  # some strategies restore that late
         self.forget_set = state_dict["forget_set"]
         self._resumed_texts = state_dict["self_texts"]
         self._check_resumed_texts()

@@ -14,8 +14,9 @@ from torchmetrics import Metric
 
 from lwf_lightning.data.evaluation import EvalBatch
 from lwf_lightning.distributed import ranks_of
+from lwf_lightning.evaluation_data import EvalStage, EvaluationDataMixin
 from lwf_lightning.forgetting.report import write_jsonl
-from lwf_lightning.generation import generate_answers
+from lwf_lightning.generation import generate_answers, positions_of
 from lwf_lightning.metrics import (
     ChoiceAccuracy,
     ExactMatch,
@@ -39,6 +40,19 @@ class EvaluationMixin(L.LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of the model."""
         raise NotImplementedError
+
+    def on_fit_start(self) -> None:
+        """Refuses validation prompts without room for an answer, before anything is trained."""
+        if self.trainer.enable_validation:
+            self._check_positions("val")
+
+    def on_validation_start(self) -> None:
+        """Refuses prompts without room for an answer."""
+        self._check_positions("val")
+
+    def on_test_start(self) -> None:
+        """Refuses prompts without room for an answer."""
+        self._check_positions("test")
 
     def on_validation_epoch_start(self) -> None:
         """Starts to count."""
@@ -86,7 +100,8 @@ class EvaluationMixin(L.LightningModule):
         return rows
 
     def on_predict_start(self) -> None:
-        """Starts to collect."""
+        """Refuses prompts without room for an answer, and starts to collect."""
+        self._check_positions("predict")
         self._predictions: list[dict[str, Any]] = []
 
     def on_predict_end(self) -> None:
@@ -103,6 +118,11 @@ class EvaluationMixin(L.LightningModule):
     @property
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def _check_positions(self, stage: EvalStage) -> None:
+        positions = positions_of(self.model)
+        if positions is not None and isinstance(self._data, EvaluationDataMixin):
+            self._data.check_positions(stage, positions)
 
     def _start(self) -> None:
         self._accuracies: dict[int, Metric] = {}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from lwf_lightning.data.evaluation import EvalItem, EvalSplit, Evaluation, eval_items, eval_loader
-from lwf_lightning.data.rows import Row, Split
+from lwf_lightning.data.rows import DataError, Row, Split
 from lwf_lightning.data.sampler import seeded_sample
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.tasks import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+EvalStage: TypeAlias = Literal["val", "test", "predict"]
+EvalKey: TypeAlias = tuple[str, EvalSplit, Evaluation]
+"""Task, split, and how its examples are asked."""
 
 
 class EvaluationDataMixin(L.LightningDataModule):
@@ -31,9 +34,10 @@ class EvaluationDataMixin(L.LightningDataModule):
     eval_examples: int | None
     eval_batch_size: int
     max_length: int
+    max_new_tokens: int
     chat_template: bool
     seed: int
-    _eval_items: dict[tuple[str, EvalSplit, Evaluation], list[EvalItem]]
+    _eval_items: dict[EvalKey, list[EvalItem]]
 
     @property
     def pad_token_id(self) -> int:
@@ -84,40 +88,68 @@ class EvaluationDataMixin(L.LightningDataModule):
 
         With ``evaluate_seen``, then one per forgetting task, on the prompts that are elicited.
         """
-        return [
-            *(self._eval_loader(name, "validation", self.evaluation) for name in self.eval_tasks),
-            *(self._eval_loader(name, "seen", self.evaluation) for name in self._seen_tasks),
-        ]
+        return [self._eval_loader(key) for key in self._loader_keys("val")]
 
     def test_dataloader(self) -> list[DataLoader[EvalItem]]:
         """As :meth:`val_dataloader`, for the test split."""
-        return [self._eval_loader(name, "test", self.evaluation) for name in self.eval_tasks]
+        return [self._eval_loader(key) for key in self._loader_keys("test")]
 
     def predict_dataloader(self) -> DataLoader[EvalItem]:
         """The test prompts of the learning task, to be answered by generation."""
-        return self._eval_loader(self.learning_task, "test", "generate")
+        (key,) = self._loader_keys("predict")
+        return self._eval_loader(key)
 
-    def _eval_loader(self, name: str, split: EvalSplit, kind: Evaluation) -> DataLoader[EvalItem]:
-        kind = self._eval_kind(name, kind)
+    def check_positions(self, stage: EvalStage, positions: int) -> None:
+        """Refuses prompts whose generated answers may exceed the model's positions.
+
+        Args:
+            stage: The stage whose prompts are looked at; they have to be there.
+            positions: How many tokens prompt and answer may have together.
+
+        Raises:
+            DataError: If one does; names the row and the flag.
+        """
+        for key in self._loader_keys(stage):
+            for item in self._eval_items[key] if key[2] == "generate" else ():
+                tokens = len(item.texts[0])
+                if tokens + self.max_new_tokens > positions:
+                    raise DataError(
+                        f"{item.example.source}: the prompt has {tokens} tokens, and "
+                        f"data.init_args.max_new_tokens={self.max_new_tokens} is more than the "
+                        f"model's {positions} positions leave for an answer; lower it or take the "
+                        "row out"
+                    )
+
+    def _loader_keys(self, stage: EvalStage) -> list[EvalKey]:
+        """What each loader of a stage holds."""
+        if stage == "predict":
+            return [(self.learning_task, "test", "generate")]
+        split: EvalSplit = "validation" if stage == "val" else "test"
+        keys = [(name, split) for name in self.eval_tasks]
+        if stage == "val":
+            keys += [(name, "seen") for name in self._seen_tasks]
+        return [
+            (name, split, self.evaluation if self.tasks[name].has_choices else "generate")
+            for name, split in keys
+        ]
+
+    def _eval_loader(self, key: EvalKey) -> DataLoader[EvalItem]:
         return eval_loader(
-            self._eval_items[name, split, kind],
-            task=name,
-            kind=kind,
+            self._eval_items[key],
+            task=key[0],
+            kind=key[2],
             batch_size=self.eval_batch_size,
             pad_token_id=self.pad_token_id,
             ranks=ranks_of(self.trainer),
         )
 
-    def _eval_kind(self, name: str, wanted: Evaluation) -> Evaluation:
-        return wanted if self.tasks[name].has_choices else "generate"
-
-    def _prepare_evaluation(self, names: Iterable[str], split: EvalSplit, kind: Evaluation) -> None:
-        for name in names:
-            key = (name, split, self._eval_kind(name, kind))
+    def _prepare_evaluation(self, stage: EvalStage) -> None:
+        for key in self._loader_keys(stage):
             if key not in self._eval_items:
+                name, split, kind = key
                 examples = self._eval_examples(name, split)
                 self._eval_items[key] = eval_items(
-                    self._tokenizer, examples, key[2], self.max_length, self.chat_template
+                    self._tokenizer, examples, kind, self.max_length, self.chat_template
                 )
 
     def _eval_examples(self, name: str, split: EvalSplit) -> list[Example]:

@@ -43,6 +43,51 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     return tuple(sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None}))
 
 
+def positions_of(model: Any) -> int | None:
+    """How many tokens a text may have, prompt and answer together; None without a limit."""
+    positions: int | None = getattr(unwrapped(model).config, "max_position_embeddings", None)
+    return positions
+
+
+def prompt_limit(model: Any, max_new_tokens: int, max_prompt_tokens: int | None) -> int | None:
+    """How many tokens a prompt may have for its answer to fit the model; None without a limit.
+
+    Args:
+        model: A ``transformers`` causal LM, with or without a LoRA adapter.
+        max_new_tokens: Upper limit of an answer's length in tokens.
+        max_prompt_tokens: A lower limit than the model's, or None.
+
+    Raises:
+        ValueError: If no room is left for a prompt, or ``max_prompt_tokens`` is below 1.
+    """
+    if max_prompt_tokens is not None and max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
+    positions = positions_of(model)
+    if positions is None:
+        return max_prompt_tokens
+    if max_new_tokens >= positions:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model has "
+            f"{positions} positions"
+        )
+    room = positions - max_new_tokens
+    return room if max_prompt_tokens is None else min(room, max_prompt_tokens)
+
+
+def keep_end(ids: tuple[int, ...], limit: int | None, bos: int | None) -> tuple[int, ...]:
+    """The last ``limit`` tokens of a prompt; a leading begin-of-text token stays.
+
+    Example:
+        >>> keep_end((1, 5, 6, 7), limit=3, bos=1)
+        (1, 6, 7)
+    """
+    if limit is None or len(ids) <= limit:
+        return ids
+    if ids[0] == bos and limit > 1:
+        return ids[:1] + ids[len(ids) - limit + 1 :]
+    return ids[len(ids) - limit :]
+
+
 def generate_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lwf_lightning.data.batch import Batch, batches_of
+from lwf_lightning.data.batch import Batch, batches_of, padded_right
 from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.fisher import diagonal_fisher
@@ -98,6 +98,7 @@ class LearningMixin(L.LightningModule):
 
     def _gradient_in_one_pass(self, batch: Batch, ranks: Ranks) -> dict[str, Tensor]:
         """For what depends on all texts of the step together: they stay in memory together."""
+        batch = padded_right(batch)  # as the model reads it: the features are looked up there
         base_losses = self._base_losses(batch, ranks) if self.learning_loss else None
         with head_inputs(self.model) as hidden:
             tokens = labelled_tokens(self.model, batch, allow_none=True)

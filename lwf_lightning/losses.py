@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lwf_lightning.data.batch import IGNORE_INDEX, Batch
+from lwf_lightning.data.batch import IGNORE_INDEX, Batch, padded_right
 from lwf_lightning.packing import is_text_by_text, one_row
 
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -77,7 +77,7 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
 
     The head is evaluated only at positions that some text of the batch needs, where the
     architecture allows it (``logits_to_keep``); and at no other, nor anything at padding, within
-    :func:`~lwf_lightning.packing.text_by_text`.
+    :func:`~lwf_lightning.packing.text_by_text`. Texts may be padded on either side.
 
     Args:
         model: Any ``transformers`` causal LM.
@@ -89,11 +89,13 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
     Raises:
         ValueError: If no position of the batch carries a label, unless that is allowed.
     """
+    if "position_ids" not in batch:  # else texts share a prompt: columns are no positions
+        batch = padded_right(batch)
     wanted, columns = labelled_columns(batch)
     if columns.numel() == 0 and not allow_none:
         raise ValueError("the batch has no labelled token: every label is -100, so it has no loss")
     text, column = wanted.nonzero(as_tuple=True)
-    targets = batch["labels"][:, 1:][wanted]
+    targets = batch["labels"][text, column + 1]
     if is_text_by_text(model):
         places = batch["attention_mask"].flatten().cumsum(dim=0).view_as(batch["labels"]) - 1
         kept = places[:, :-1][wanted]
@@ -104,7 +106,7 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
         "attention_mask": batch["attention_mask"],
         "use_cache": False,
     }
-    if "position_ids" in batch:  # texts that share a prompt: columns are no positions
+    if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"]
     if _accepts_logits_to_keep(model):
         logits = model(**inputs, logits_to_keep=columns).logits

@@ -260,6 +260,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
 
     def on_fit_start(self) -> None:
         """Elicits the self-knowledge from the base weights; the cache makes that quick again."""
+        super().on_fit_start()
         if not self.needs_base_weights:
             return
         if self.base_weights is None:

@@ -39,6 +39,7 @@ from lwf_lightning.runs import require_checkpoint
 _INSTEAD = {  # Lightning's flag: its default, and what does the same here
     "accumulate_grad_batches": (1, "model.init_args.tokens_per_pass, which cuts a step's batch"),
     "gradient_clip_val": (None, "model.init_args.max_grad_norm"),
+    "overfit_batches": (0, "data.init_args.learning_texts to as many texts as those batches hold"),
 }
 
 
@@ -107,7 +108,7 @@ class LWFTrainer(L.Trainer):
         check_precision_flag(kwargs.get("precision"))
         for flag, (default, instead) in _INSTEAD.items():
             if kwargs.get(flag) not in (None, default):
-                raise ValueError(f"trainer.{flag} belongs to automatic optimization: set {instead}")
+                raise ValueError(f"trainer.{flag} is of no use here: set {instead}")
         if kwargs.get("barebones"):  # nothing is added; Lightning refuses what is asked for
             logger = False if logger is None or logger is True else logger
             enable_progress_bar = bool(enable_progress_bar)

@@ -87,7 +87,7 @@ class AscentGuard(L.Callback):
         watched_texts: Validation examples behind the watched loss.
         fluency_interval: Unlearning steps between two looks at generated texts.
         fluency_prompts: Validation prompts to continue, beside four fixed neutral ones.
-        fluency_tokens: Tokens generated for each.
+        fluency_tokens: Tokens generated for each, at most half of the model's positions.
         seed: Seed of the choice of texts and prompts.
 
     Attributes:

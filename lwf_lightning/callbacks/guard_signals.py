@@ -15,7 +15,13 @@ from lwf_lightning.data.sampler import seeded_sample
 from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.weights import exchanged_weights
-from lwf_lightning.generation import evaluation_mode, generate_answers
+from lwf_lightning.generation import (
+    evaluation_mode,
+    generate_answers,
+    keep_end,
+    positions_of,
+    prompt_limit,
+)
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.metrics.fluency import Fluency, fluency
 from lwf_lightning.module import LWFModule
@@ -39,7 +45,8 @@ class GuardSignals:
         module: The module.
         watched_texts: Validation examples behind the watched loss.
         fluency_prompts: Validation prompts to continue, beside the neutral ones.
-        fluency_tokens: Tokens generated for each.
+        fluency_tokens: Tokens generated for each, at most half of the model's positions; a prompt
+            that leaves no room for them loses its start.
         seed: Seed of the choice of examples.
 
     Raises:
@@ -56,7 +63,7 @@ class GuardSignals:
         fluency_tokens: int,
         seed: int,
     ) -> None:
-        self.trainer, self.module, self.fluency_tokens = trainer, module, fluency_tokens
+        self.trainer, self.module = trainer, module
         data = cast(LWFDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         share = cast(list[EvalItem], data.val_dataloader()[0].dataset)
         items = [item for item in ranks_of(trainer).merge(share) if item.counts]
@@ -70,13 +77,18 @@ class GuardSignals:
         texts, _ = encode_examples(module.tokenizer, examples, data.max_length, data.chat_template)
         batch = collate(texts, data.pad_token_id)
         self._watched = {name: tensor.to(module.device) for name, tensor in batch.items()}
-        self._prompts = [
+        prompts = [
             encode_prompt(module.tokenizer, example.prompt, chat_template=data.chat_template)
             for example in seeded_sample(answered, fluency_prompts, seed)
         ]
-        for prompt in NEUTRAL_PROMPTS:
-            if ids := encode_prompt(module.tokenizer, prompt):
-                self._prompts.append(ids)
+        prompts += [encode_prompt(module.tokenizer, prompt) for prompt in NEUTRAL_PROMPTS]
+        positions = positions_of(module.model)
+        if positions is not None:
+            fluency_tokens = min(fluency_tokens, positions // 2)
+        self.fluency_tokens = fluency_tokens
+        limit = prompt_limit(module.model, fluency_tokens, None)
+        bos = module.tokenizer.bos_token_id
+        self._prompts = [keep_end(ids, limit, bos) for ids in prompts if ids]
 
     @torch.no_grad()
     def watched_loss(self) -> float:

@@ -76,6 +76,23 @@ def collate(texts: Sequence[EncodedText], pad_token_id: int) -> Batch:
     return {"input_ids": input_ids, "attention_mask": held.long(), "labels": labels}
 
 
+def padded_right(batch: Batch) -> Batch:
+    """The batch with each text's padding at its end, wherever it was.
+
+    Example:
+        >>> ids, mask = torch.tensor([[0, 5, 6], [5, 6, 7]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+        >>> batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        >>> padded_right(batch)["input_ids"].tolist()
+        [[5, 6, 0], [5, 6, 7]]
+    """
+    padding = batch["attention_mask"] == 0
+    if not bool(padding[:, :1].any()):
+        return batch
+    order = padding.long().argsort(dim=1, stable=True)
+    parts = ("input_ids", "attention_mask", "labels")
+    return {**batch, **{name: batch[name].gather(1, order) for name in parts}}
+
+
 def batches_of(texts: Sequence[EncodedText], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
     """Cuts texts into consecutive batches, in order; the last may be smaller.
 

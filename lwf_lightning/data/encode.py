@@ -50,7 +50,7 @@ def encode_example(
         DataError: If the example has no gold answer, or truncation would remove it whole; names
             the example's source.
         ValueError: If the tokenizer has no end-of-text token, or no chat template when it is asked
-            for one.
+            for one, or that one ends the text before the answer.
     """
     return _encode(tokenizer, example, max_length, chat_template)[0]
 
@@ -106,6 +106,11 @@ def _encode(
     prompt_ids, (answer_ids,) = _split_ids(tokenizer, prompt, [answer], chat_template)
     if end in answer_ids:  # a chat template writes it, perhaps with a line break after it
         answer_ids = answer_ids[: answer_ids.index(end)]
+        if not answer_ids:
+            raise ValueError(
+                "the tokenizer's chat template writes an end-of-text token before the answer, so "
+                "there is nothing to learn; set data.init_args.chat_template to false"
+            )
     text = _labelled(prompt_ids, [*answer_ids, end], max_length, example.source)
     return text, len(prompt_ids) + len(answer_ids) + 1 > max_length
 
@@ -127,9 +132,10 @@ def _labelled(
 def _token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat_template: bool
 ) -> list[list[int]]:
-    # A chat template has written all special tokens already.
-    encoded = tokenizer(list(texts), add_special_tokens=not chat_template)["input_ids"]
+    if chat_template:  # it has written all special tokens already: an end of text is a turn's own
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     end = tokenizer.eos_token_id  # some tokenizers close every text by themselves
+    encoded = tokenizer(list(texts))["input_ids"]
     return [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in encoded]
 
 

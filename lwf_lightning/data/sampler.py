@@ -159,16 +159,11 @@ class ResumableLoader(DataLoader[EncodedText]):
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Yields the batches that are left of the current pass."""
+        """As many batches as a pass has, after those handed out when the first is asked for."""
         self._sampler.first_step = self._step
-        batches = super().__iter__()
-
-        def counted() -> Iterator[Batch]:
-            for batch in batches:
-                self._step += 1
-                yield batch
-
-        return counted()
+        for batch in super().__iter__():
+            self._step += 1
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The number of batches handed out so far, over all passes."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lwf_lightning.data.batch import Batch
+from lwf_lightning.data.batch import Batch, padded_right
 from lwf_lightning.data.passes import take_texts
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.weights import copy_weights, exchange, trainable_parameters
@@ -75,7 +75,7 @@ def probe_anchor(
             tqdm(batches, desc="Probe", disable=not (progress and ranks.is_first))
         ):
             optimizer.zero_grad()
-            terms = len(batch["labels"]) if text_loss else labelled_token_count(batch)
+            terms = len(batch["labels"]) if text_loss else labelled_token_count(padded_right(batch))
             mine = ranks.share(range(len(batch["labels"])))
             # A rank without a text runs one for company: with shards the others wait for it.
             share = take_texts(batch, mine or [0])

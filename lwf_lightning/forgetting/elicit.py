@@ -17,7 +17,13 @@ from torch import nn
 from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
 from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.files import whole_file
-from lwf_lightning.generation import eos_token_ids, generate_answers, unwrapped
+from lwf_lightning.generation import (
+    eos_token_ids,
+    generate_answers,
+    keep_end,
+    prompt_limit,
+    unwrapped,
+)
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import whole
 
@@ -127,11 +133,11 @@ def elicit(
     names = _checked_tasks(prompts, tasks)
     ranks = ranks or Ranks()
     base = unwrapped(model)
-    limit = _prompt_limit(base, max_new_tokens, max_prompt_tokens)
+    limit = prompt_limit(base, max_new_tokens, max_prompt_tokens)
     whole_prompts = [
         encode_prompt(tokenizer, prompt, chat_template=chat_template) for prompt in prompts
     ]
-    prompt_ids = [_keep_end(ids, limit, tokenizer.bos_token_id) for ids in whole_prompts]
+    prompt_ids = [keep_end(ids, limit, tokenizer.bos_token_id) for ids in whole_prompts]
     if shortened := sum(a != b for a, b in zip(whole_prompts, prompt_ids, strict=True)):
         warnings.warn(
             f"{shortened} of {len(prompts)} prompts are longer than {limit} tokens and lost "
@@ -195,29 +201,6 @@ def _checked_tasks(prompts: Sequence[str], tasks: Sequence[str] | None) -> Seque
             where = f" (task {name})" if name else ""
             raise ValueError(f"the prompt of row {row}{where} is empty: remove it or fill it in")
     return names
-
-
-def _prompt_limit(base: Any, max_new_tokens: int, max_prompt_tokens: int | None) -> int | None:
-    if max_prompt_tokens is not None and max_prompt_tokens < 1:
-        raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if positions is None:
-        return max_prompt_tokens
-    if max_new_tokens >= positions:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model has "
-            f"{positions} positions"
-        )
-    room = int(positions) - max_new_tokens
-    return room if max_prompt_tokens is None else min(room, max_prompt_tokens)
-
-
-def _keep_end(ids: tuple[int, ...], limit: int | None, bos: int | None) -> tuple[int, ...]:
-    if limit is None or len(ids) <= limit:
-        return ids
-    if ids[0] == bos and limit > 1:
-        return ids[:1] + ids[len(ids) - limit + 1 :]
-    return ids[len(ids) - limit :]
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ def score_rows(
 ) -> Iterator[dict[str, Any]]:
     """One row per text, highest confidence first.
 
-    Each holds ``task``, ``row`` (of the task's prompts), ``prompt``, ``answer``, ``alignment``,
-    ``sensitivity``, ``confidence`` and ``selected``.
+    Each holds ``task``, ``row``, ``prompt``, ``answer``, ``alignment``, ``sensitivity``,
+    ``confidence`` and ``selected``. ``row`` counts the task's prompts from 0: in its file, or among
+    those that a limit has left.
     """
     selected = set(forget_set)
     confidence = scores.confidence.tolist()

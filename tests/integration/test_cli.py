@@ -182,6 +182,7 @@ MISTAKES = {
     "--trainer.precision bf17": "--trainer.precision: ",
     "--trainer.gradient_clip_val 1": "set model.init_args.max_grad_norm",
     "--trainer.accumulate_grad_batches 4": "set model.init_args.tokens_per_pass",
+    "--trainer.overfit_batches 1": "set data.init_args.learning_texts",
     "--trainer.devices 0": "devices",
     "--data.init_args.forgetting_tasks qasc": "_tasks: expected a list, as [a, b], or null",
     "--model.init_args.learning_rate abc": "learning_rate: expected a number, got abc",

@@ -114,6 +114,32 @@ def test_equals_the_penalty_differentiated_in_a_plain_loop(
     assert (module.base_weights is None) == (name == "bss")
 
 
+def test_the_side_of_the_padding_does_not_matter(
+    regularized: Make, make_data: Make, make_trainer: Make, make_recorder: Make
+) -> None:
+    def weights(collate_fn: Callable[..., Any]) -> list[dict[str, Tensor]]:
+        data, recorder = make_data(), make_recorder()
+        loader = data.train_dataloader
+
+        def other_loader() -> Any:
+            made = loader()
+            made.collate_fn = collate_fn
+            return made
+
+        data.train_dataloader = other_loader
+        module = regularized("bss", schedule="never", attention="eager")  # not in one row
+        make_trainer(max_steps=3, callbacks=[recorder]).fit(module, data)
+        return recorder.weights  # type: ignore[no-any-return]
+
+    def padded_left(texts: Any) -> Any:
+        batch = collate(texts, 0)
+        order = batch["attention_mask"].argsort(dim=1, stable=True)
+        return {name: value.gather(1, order) for name, value in batch.items()}
+
+    right, left = weights(lambda texts: collate(texts, 0)), weights(padded_left)
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["bss", "ewc"])
 def test_beside_unlearning_a_resumed_run_equals_an_uninterrupted_one(
     name: str,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from lwf_lightning.data.batch import EncodedText, batches_of, collate
 from lwf_lightning.losses import labelled_tokens, per_text_loss
@@ -46,6 +46,40 @@ def test_padding_and_its_token_do_not_matter(
     }
     wide["input_ids"][wide["attention_mask"] == 0] = 5
     torch.testing.assert_close(per_text_loss(model, wide), per_text_loss(model, narrow))
+
+
+def padded_left(batch: Any) -> Any:
+    """Each text's padding moved from its end to its start."""
+    order = (batch["attention_mask"] != 0).long().argsort(dim=1, stable=True)
+    return {name: value.gather(1, order) for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("labels", ["answers", "all tokens"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_the_side_of_the_padding_does_not_matter(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any], name: str, labels: str
+) -> None:
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = GPT2Config(vocab_size=37, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+        model: Any = GPT2LMHeadModel(config).eval()
+    elif name == "opt":
+        sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2}
+        model = OPTForCausalLM(
+            OPTConfig(vocab_size=37, num_hidden_layers=1, max_position_embeddings=32, **sizes)
+        ).eval()
+    else:
+        model = make_llama()
+    texts = make_texts(5)
+    if labels == "all tokens":  # the first is never predicted, wherever it stands
+        texts = [EncodedText(text.input_ids, text.input_ids) for text in texts]
+    right = collate(texts, pad_token_id=0)
+    left = padded_left(right)
+    assert not left["attention_mask"][:, 0].all()
+    expected = per_text_loss(model, right)
+    torch.testing.assert_close(per_text_loss(model, left), expected, rtol=0, atol=0)
+    more = {**left, "weight": torch.ones(5)}  # which a loss of one's own may read
+    torch.testing.assert_close(per_text_loss(model, more), expected, rtol=0, atol=0)
 
 
 def test_gpt2_and_the_mean_over_tokens_equal_transformers_own_loss(

@@ -159,20 +159,22 @@ def _watch(ground: Ground, seed: int, file: Path) -> None:
 def _unseen(ground: Ground, seed: int) -> list[EncodedText]:
     """The base model's own answers to prompts of the forgetting tasks that no run elicits."""
     data = ground.data
-    pools = [_examples(ground, name, "validation") for name in data.forgetting_tasks]
-    examples = [e for pool in pools for e in seeded_sample(pool, TEXTS // len(pools), seed)]
-    stop = {text for name in data.forgetting_tasks for text in data.tasks[name].stop}
-    knowledge = elicit(
-        ground.model,
-        ground.module.tokenizer,
-        [example.prompt for example in examples],
-        max_new_tokens=data.max_new_tokens,
-        batch_size=data.elicit_batch_size,
-        stop=sorted(stop),
-        max_prompt_tokens=data.max_length,
-        chat_template=data.chat_template,
-    )
-    return [text.encoded() for text in knowledge.texts]
+    count = TEXTS // len(data.forgetting_tasks)
+    texts: list[EncodedText] = []
+    for name in data.forgetting_tasks:
+        examples = seeded_sample(_examples(ground, name, "validation"), count, seed)
+        knowledge = elicit(
+            ground.model,
+            ground.module.tokenizer,
+            [example.prompt for example in examples],
+            max_new_tokens=data.max_new_tokens,
+            batch_size=data.elicit_batch_size,
+            stop=data.tasks[name].stop,
+            max_prompt_tokens=data.max_length,
+            chat_template=data.chat_template,
+        )
+        texts += [text.encoded() for text in knowledge.texts]
+    return texts
 
 
 def _examples(ground: Ground, task: str, split: Any) -> list[Example]:

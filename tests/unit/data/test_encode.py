@@ -79,6 +79,26 @@ def test_chat_template(make_tokenizer, chat_template):
         assert text.input_ids[: len(prompt)] == prompt
 
 
+def test_chat_template_that_ends_every_turn_with_the_end_of_text(make_tokenizer):
+    template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    text = encode_example(tokenizer, EXAMPLE, 99, chat_template=True)
+    assert tokenizer.decode(text.input_ids) == "Question: Why?\nAnswer:</s>Because</s>"
+    assert tokenizer.decode(labelled(tokenizer, text)) == "Because</s>"
+    prompt = encode_prompt(tokenizer, EXAMPLE.prompt, chat_template=True)
+    assert tokenizer.decode(prompt) == "Question: Why?\nAnswer:</s>"
+    example = Example("Q:", " no", (" yes", " no"), 1)
+    texts = encode_choices(tokenizer, example, 99, chat_template=True)
+    assert [tokenizer.decode(text.input_ids) for text in texts] == ["Q:</s>yes", "Q:</s>no"]
+
+
+def test_chat_template_that_opens_the_answer_with_the_end_of_text(make_tokenizer):
+    template = "{% for m in messages %}{{ eos_token + m.content }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_template=template)
+    with pytest.raises(ValueError, match=r"before the answer.*data\.init_args\.chat_template"):
+        encode_example(tokenizer, EXAMPLE, 99, chat_template=True)
+
+
 def test_chat_template_that_is_missing(make_tokenizer):
     with pytest.raises(ValueError, match=r"no chat template: set data\.init_args\.chat_template"):
         encode_example(make_tokenizer(), EXAMPLE, 99, chat_template=True)

@@ -7,31 +7,58 @@ import torch
 
 import lwf_lightning.datamodule as datamodule_file
 from lwf_lightning.forgetting.elicit import SelfKnowledge
+from lwf_lightning.tasks import TaskFields
 
 
-def test_elicit_gets_the_pooled_prompts(make_data, monkeypatch, tmp_path, make_knowledge):
-    asked = {}
+def test_each_task_is_elicited_with_its_own_stop_texts(
+    make_data, data_dir, monkeypatch, tmp_path, make_knowledge, write_jsonl_task
+):
+    calls = []
 
     def elicit(model, tokenizer, prompts, **options):
-        asked.update(options, model=model, prompts=prompts)
-        return make_knowledge(3)
+        calls.append({**options, "model": model, "prompts": prompts})
+        return make_knowledge(len(prompts))
 
     monkeypatch.setattr(datamodule_file, "elicit", elicit)
+    write_jsonl_task(data_dir / "mine", train=[{"text": "Once"}, {"text": "Then"}])
     data = make_data(
-        forgetting=("psychol", "gsm8k"), max_new_tokens=7, cache_dir=str(tmp_path / "cache")
+        forgetting=("mine", "gsm8k"),
+        custom_tasks={"mine": TaskFields(prompt="text", answer=None)},
+        max_new_tokens=7,
+        cache_dir=str(tmp_path / "cache"),
     )
     data.elicit_self_knowledge("the model")
-    assert asked["prompts"][0] == "Question: psychol 0?\nAnswer:"
-    assert asked["tasks"] == ["psychol"] * 4 + ["gsm8k"] * 5
-    assert asked["stop"] == ("\nQuestion:",)
-    assert (asked["model"], asked["max_new_tokens"]) == ("the model", 7)
-    assert asked["cache_dir"] == str(tmp_path / "cache")
-    assert len(data.self_knowledge.texts) == 3
+    first, second = calls
+    assert first["prompts"] == ["Once", "Then"]
+    assert (first["tasks"], second["tasks"]) == (["mine"] * 2, ["gsm8k"] * 5)
+    assert (first["stop"], second["stop"]) == (("\n\n",), ("\nQuestion:",))
+    for asked in calls:
+        assert (asked["model"], asked["max_new_tokens"]) == ("the model", 7)
+        assert asked["cache_dir"] == str(tmp_path / "cache")
+    # each text with the place of its prompt among those of its task
+    assert [text.row for text in data.self_knowledge.texts] == [*range(2), *range(5)]
+    assert data.self_knowledge.dropped == 0
+
+
+def test_a_task_that_a_limit_leaves_without_prompts_is_not_asked(
+    make_data, monkeypatch, make_knowledge
+):
+    counts = []
+
+    def elicit(model, tokenizer, prompts, **options):
+        counts.append(len(prompts))
+        return make_knowledge(len(prompts))
+
+    monkeypatch.setattr(datamodule_file, "elicit", elicit)
+    make_data(forgetting_prompts=1).elicit_self_knowledge(None)
+    assert counts == [1]
 
 
 def test_no_texts_left_is_refused(make_data, monkeypatch, make_knowledge):
-    nothing = SelfKnowledge([], dropped=13)
-    monkeypatch.setattr(datamodule_file, "elicit", lambda *_, **__: nothing)
+    def elicit(model, tokenizer, prompts, **options):
+        return SelfKnowledge([], dropped=len(prompts))
+
+    monkeypatch.setattr(datamodule_file, "elicit", elicit)
     data = make_data()
     with pytest.raises(ValueError, match=r"no texts are left in D_self: .* 13 prompts of psych"):
         data.elicit_self_knowledge(None)

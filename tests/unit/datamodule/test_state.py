@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 
 def test_state_is_primitives_and_continues(make_data, tmp_path, make_knowledge):
@@ -65,7 +66,7 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(data, module, folder, steps, checkpoint=None):
+def train(data, module, folder, steps, checkpoint=None, **options):
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -74,8 +75,7 @@ def train(data, module, folder, steps, checkpoint=None):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
+        **({"val_check_interval": 2, "check_val_every_n_epoch": None} | options),
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(folder / "last.ckpt")
@@ -96,3 +96,60 @@ def test_stopped_and_resumed_training_sees_the_same_batches(
     checkpoint = train(make_data(stage=None), first, tmp_path, stopped_after)
     train(make_data(stage=None), second, tmp_path, 7, str(checkpoint))
     assert first.seen + second.seen == whole.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_loader_made_anew_each_epoch_goes_on_where_the_last_one_was(
+    make_data, make_tokenizer, tmp_path, limit
+):
+    options = {"max_epochs": -1, "limit_train_batches": limit, "val_check_interval": None}
+    anew = options | {"reload_dataloaders_every_n_epochs": 1}
+    once, reloaded = Recorder(make_tokenizer()), Recorder(make_tokenizer())
+    train(make_data(stage=None), once, tmp_path, 7, **options)
+    train(make_data(stage=None), reloaded, tmp_path, 7, **anew)
+    assert len(reloaded.seen) == 7
+    assert reloaded.seen == once.seen
+
+    first, second = Recorder(make_tokenizer()), Recorder(make_tokenizer())
+    checkpoint = train(make_data(stage=None), first, tmp_path, 3, **anew)
+    train(make_data(stage=None), second, tmp_path, 7, str(checkpoint), **anew)
+    assert first.seen + second.seen == once.seen
+
+
+class LateRestore(SingleDeviceStrategy):
+    """Restores a checkpoint once all is set up, as FSDP2 does."""
+
+    restore_checkpoint_after_setup = True
+
+
+class CountsItsSteps(Recorder):
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 8  # Lightning asks for the loader
+        return super().configure_optimizers()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_is_there_before_the_checkpoint_is_read_goes_on_from_it(
+    make_data, make_tokenizer, tmp_path, workers
+):
+    def run(module, steps, checkpoint=None):
+        options = {"max_epochs": 4, "val_check_interval": None, "strategy": LateRestore("cpu")}
+        data = make_data(stage=None, num_workers=workers)
+        return train(data, module, tmp_path, steps, checkpoint, **options)
+
+    whole, first, rest = (
+        kind(make_tokenizer()) for kind in (CountsItsSteps, Recorder, CountsItsSteps)
+    )
+    run(whole, -1)
+    run(rest, -1, str(run(first, 4)))
+    assert first.seen + rest.seen == whole.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_fit_begins_at_the_first_batch(make_data, make_tokenizer, tmp_path):
+    data, first, second = make_data(), Recorder(make_tokenizer()), Recorder(make_tokenizer())
+    for module in (first, second):
+        train(data, module, tmp_path, 3)
+    assert first.seen == second.seen

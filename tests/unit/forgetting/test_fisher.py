@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lwf_lightning.data.batch import EncodedText, batches_of
+from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.forgetting.fisher import diagonal_fisher, fisher_sums
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
 from lwf_lightning.losses import per_text_loss
@@ -31,6 +32,25 @@ def test_the_sum_over_tokens(oracle: ModuleType, make_texts: Callable[..., Any])
     fisher = diagonal_fisher(model, batches_of(texts, 4, oracle.PAD), reduction="sum")
 
     oracle.assert_near(fisher, oracle.fisher_oracle(model, texts, "sum"))
+
+
+def test_the_side_of_the_padding_does_not_matter(
+    oracle: ModuleType, make_texts: Callable[..., Any]
+) -> None:
+    model = oracle.make_model("gpt2")  # counts positions from the first column
+    right = list(batches_of(make_texts(5), 3, oracle.PAD))
+    left = []
+    for batch in right:
+        order = (batch["attention_mask"] != 0).long().argsort(dim=1, stable=True)
+        left.append({name: value.gather(1, order) for name, value in batch.items()})
+    for one, other in (
+        (diagonal_fisher(model, right), diagonal_fisher(model, left)),
+        (
+            probe_anchor(model, right, learning_rate=1e-3),
+            probe_anchor(model, left, learning_rate=1e-3),
+        ),
+    ):
+        torch.testing.assert_close(other, one, rtol=0, atol=0)
 
 
 def test_sums_of_parts_make_the_whole(oracle: ModuleType, make_texts: Callable[..., Any]) -> None:
