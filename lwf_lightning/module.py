@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning as L
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import (
@@ -33,8 +34,11 @@ from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.objectives import ObjectiveName, build_objective
 from lwf_lightning.optimization import (
     LearningRateSchedule,
+    arguments_of,
     build_adamw,
     build_learning_rate_schedule,
+    take_arguments,
+    take_peak_rates,
 )
 from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.regularizers import RegularizerName, WeightPull, build_regularizer
@@ -159,6 +163,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self.guard: UnlearningGuard | None = None
         self._unlearned_before = -1  # the learning step whose unlearning steps are done
         self._random_state: dict[str, Any] | None = None
+        self._arguments: list[list[dict[str, Any]]] = []  # of each optimizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -260,6 +265,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
 
     def on_fit_start(self) -> None:
         """Elicits the self-knowledge from the base weights; the cache makes that quick again."""
+        # Before a checkpoint brings those of its run along.
+        self._arguments = [arguments_of(optimizer) for optimizer in self.trainer.optimizers]
         if not self.needs_base_weights:
             return
         if self.base_weights is None:
@@ -290,7 +297,12 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             self._data.set_forget_set(range(len(knowledge.texts)))
 
     def on_train_start(self) -> None:
-        """Puts back the random state of a resumed run, so that dropout goes on where it was."""
+        """Has a resumed run follow its own arguments, and dropout go on where it was."""
+        for optimizer, arguments in zip(self.trainer.optimizers, self._arguments, strict=True):
+            take_arguments(optimizer, arguments)
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, LambdaLR):
+            take_peak_rates(schedule)
         if self._random_state is not None:
             restore_random_state(self._random_state, self.device)
             self._random_state = None
@@ -316,8 +328,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             raise NonFiniteLossError(
                 f"{self.skipped_steps} steps had a NaN or infinite loss or gradient, the last a "
                 f"{kind} step after {self.trainer.global_step} learning steps. Lower "
-                "model.init_args.learning_rate or unlearning_scale and resume from the last "
-                "checkpoint, or allow more with model.init_args.max_skipped_steps"
+                "model.init_args.learning_rate or unlearning_scale and go on from the last "
+                "checkpoint by its file (--ckpt_path <file>: with another rate, `last` begins "
+                "another run), or allow more with model.init_args.max_skipped_steps"
             )
         return False
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -43,6 +44,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     torch.testing.assert_close(second.scores.confidence, first.scores.confidence, rtol=0, atol=0)
     assert second.forget_set == first.forget_set
     assert second.refreshed_at == first.refreshed_at
+
+
+class Rates(L.Callback):
+    """Keeps the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_run_that_goes_on_from_a_file_follows_its_own_arguments(
+    make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    unlearning = {"unlearning_interval": 1, "without_scores": "use_all"}
+    first = make_trainer(max_steps=3)
+    first.fit(make_module(**unlearning), make_data())
+    first.save_checkpoint(tmp_path / "three.ckpt")
+    module = make_module(
+        **unlearning,
+        learning_rate=1e-5,
+        learning_rate_schedule="linear",
+        warmup_ratio=0.0,
+        weight_decay=0.2,
+        betas=(0.7, 0.8),
+    )
+    seen = Rates()
+    trainer = make_trainer(max_steps=6, callbacks=[seen])
+    trainer.fit(module, make_data(), ckpt_path=str(tmp_path / "three.ckpt"))
+    assert seen.rates == [pytest.approx(1e-5 * share) for share in (3 / 6, 2 / 6, 1 / 6)]
+    for optimizer, decay, steps in zip(trainer.optimizers, (0.2, 0.0), (6, 5), strict=True):
+        matrices, vectors = optimizer.param_groups
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (decay, 0.0)
+        assert matrices["betas"] == vectors["betas"] == (0.7, 0.8)
+        assert {int(state["step"]) for state in optimizer.state.values()} == {steps}
 
 
 def test_a_resumed_adapter_keeps_its_start_and_its_dropout(
