@@ -199,9 +199,10 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
 
     @property
     def needs_base_weights(self) -> bool:
-        """Whether the run looks back at theta_base."""
+        """Whether the run, or one that goes on from its checkpoint, looks back at theta_base."""
         compares = self.learning_loss is not None or isinstance(self.regularizer, WeightPull)
-        return self.schedule.unlearns or compares
+        # An adapter starts at random: from a checkpoint without its start nobody finds it again.
+        return self.schedule.unlearns or compares or self.lora is not None
 
     @property
     def needs_self_knowledge(self) -> bool:
@@ -346,7 +347,6 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             "skipped_steps": self.skipped_steps,
             "is_sharded": mesh_of(self.model.parameters()) is not None,
             "random_states": ranks_of(self.trainer).gather(random_state(self.device)),
-            # An adapter starts at random, so a resumed run cannot find its start again.
             "base_weights": None if self.lora is None else whole_weights(self.base_weights or {}),
         }
 
@@ -359,7 +359,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self.skipped_steps = state["skipped_steps"]
         states, rank = state["random_states"], ranks_of(self._trainer).rank
         self._random_state = states[rank] if rank < len(states) else None
-        if state["base_weights"] is not None:
+        if state["base_weights"]:
             self.base_weights = dict(state["base_weights"])
             if hasattr(self, "model"):  # which some strategies have cut into shards by now
                 self._place_base_weights()

@@ -107,6 +107,22 @@ def test_a_resumed_adapter_keeps_its_start_and_its_dropout(
     torch.testing.assert_close(second.scores.confidence, first.scores.confidence, rtol=0, atol=0)
 
 
+def test_an_adapter_trained_without_unlearning_can_go_on_with_it(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
+) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    plain = make_module(schedule="never", lora=LoraConfig(**lora))
+    first = make_trainer(max_steps=2)
+    first.fit(plain, make_data())
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    module = make_module(unlearning_interval=1, lora=LoraConfig(**lora))
+    trainer = make_trainer(max_steps=4, callbacks=[make_callback()])
+    trainer.fit(module, make_data(), ckpt_path=str(tmp_path / "two.ckpt"))
+    assert module.unlearning_steps == 2
+    # The adapter was drawn anew: the run looks back at where the one that is trained started.
+    torch.testing.assert_close(module.base_weights, plain.base_weights, rtol=0, atol=0)
+
+
 def test_a_second_fit_of_the_same_objects_starts_anew(
     make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, make_recorder: Make
 ) -> None:
