@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -28,7 +28,13 @@ from lwf_lightning.forgetting.weights import (
     whole_weights,
 )
 from lwf_lightning.fsdp2 import whole_state
-from lwf_lightning.hyperparameters import changed_fields, check_ranges, lora_config
+from lwf_lightning.hyperparameters import (
+    TrainingDtype,
+    WithoutScores,
+    changed_fields,
+    check_ranges,
+    lora_config,
+)
 from lwf_lightning.learning import LearningMixin
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.objectives import ObjectiveName, build_objective
@@ -116,7 +122,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self,
         model_name: str = "smollm2-135m",
         *,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: TrainingDtype = "float32",
         attention: str | None = None,
         gradient_checkpointing: bool = False,
         lora: LoraConfig | None = None,
@@ -141,7 +147,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         unlearning_max_grad_norm: float = 1.0,
         unlearning_ceiling: float = 5.0,
         unlearning_retain: float = 0.0,
-        without_scores: Literal["refuse", "use_all"] = "refuse",
+        without_scores: WithoutScores = "refuse",
         max_skipped_steps: int = 10,
         seed: int = 0,
     ) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lwf_lightning.callbacks.fisher_arguments import Anchor, check_arguments
 from lwf_lightning.callbacks.refresh_data import fisher_batches, probe_batches, scoring_batches
 from lwf_lightning.callbacks.refresh_report import (
     log_refresh,
@@ -30,16 +31,10 @@ from lwf_lightning.forgetting.confidence import (
 from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.probe_cache import shared_probe
-from lwf_lightning.forgetting.select import (
-    SelectionStrategy,
-    check_selection,
-    select_forget_set,
-)
+from lwf_lightning.forgetting.select import SelectionStrategy, select_forget_set
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
 from lwf_lightning.losses import Reduction
 from lwf_lightning.module import LWFModule
-
-Anchor: TypeAlias = Literal["probe", "online"]
 
 
 class FisherCallback(L.Callback):
@@ -117,28 +112,6 @@ class FisherCallback(L.Callback):
         learning_batches: Sequence[Batch] | None = None,
         forget_batches: Sequence[Batch] | None = None,
     ) -> None:
-        if anchor == "online" and refresh_interval is None:
-            raise ValueError("anchor 'online' needs a refresh_interval, in learning steps")
-        if anchor == "probe" and refresh_interval is not None:
-            raise ValueError(
-                "anchor 'probe' is found once, before the first learning step: leave out "
-                "refresh_interval, or set anchor to 'online'"
-            )
-        counts = {
-            "refresh_interval": refresh_interval if refresh_interval is not None else 1,
-            "fisher_texts": fisher_texts,
-            "probe_steps": probe_steps,
-            "probe_batch_size": probe_batch_size,
-            "batch_size": batch_size,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if probe_folder is not None and anchor != "probe":
-            raise ValueError(f"probe_folder keeps probes, and anchor {anchor!r} needs none")
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {alpha}")
-        check_selection(strategy, forgetting_rate, threshold)
         self.anchor = anchor
         self.refresh_interval = refresh_interval
         self.estimator = estimator
@@ -158,6 +131,7 @@ class FisherCallback(L.Callback):
         self.seed = seed
         self.learning_batches = learning_batches
         self.forget_batches = forget_batches
+        check_arguments(vars(self))
 
         self.scores: ForgettingConfidence | None = None
         self.forget_set: list[int] | None = None

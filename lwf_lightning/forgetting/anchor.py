@@ -52,10 +52,13 @@ def probe_anchor(
         One tensor per trainable parameter, of its shape and dtype.
 
     Raises:
-        ValueError: If there is no batch, or the loss stops being finite.
+        ValueError: If there is no batch, one has nothing to learn, the learning rate is not above
+            0, or the loss stops being finite.
     """
     if not batches:
         raise ValueError("the probe needs at least one batch of the learning task")
+    if not learning_rate > 0:
+        raise ValueError(f"the probe's learning rate must be above 0, got {learning_rate}")
     ranks = ranks or Ranks()
     training, start = model.training, copy_weights(model)
     parameters = list(trainable_parameters(model).values())
@@ -76,6 +79,8 @@ def probe_anchor(
         ):
             optimizer.zero_grad()
             terms = len(batch["labels"]) if text_loss else labelled_token_count(batch)
+            if not terms:
+                raise ValueError(f"batch {step + 1} of the probe has nothing to learn: no label")
             mine = ranks.share(range(len(batch["labels"])))
             # A rank without a text runs one for company: with shards the others wait for it.
             share = take_texts(batch, mine or [0])

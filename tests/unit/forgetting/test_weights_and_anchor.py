@@ -106,3 +106,9 @@ def test_probe_puts_everything_back_when_the_loss_explodes(
     assert not model.training
     with pytest.raises(ValueError, match="at least one batch"):
         probe_anchor(model, [], learning_rate=1e-2)
+    with pytest.raises(ValueError, match="learning rate must be above 0, got 0"):
+        probe_anchor(model, batches, learning_rate=0.0)
+    unlabelled = {**batches[1], "labels": torch.full_like(batches[1]["labels"], -100)}
+    with pytest.raises(ValueError, match="batch 2 of the probe has nothing to learn: no label"):
+        probe_anchor(model, [batches[0], unlabelled], learning_rate=1e-2)
+    torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)
