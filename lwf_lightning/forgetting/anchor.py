@@ -15,6 +15,7 @@ from lwf_lightning.forgetting.weights import copy_weights, exchange, trainable_p
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import can_fuse, clip_gradients, labelled_token_count
 from lwf_lightning.packing import forward_passes
+from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import in_step
 
@@ -71,7 +72,7 @@ def probe_anchor(
     )
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     kept_gradients = [parameter.grad for parameter in parameters]
-    random_state = torch.get_rng_state()
+    drawn_so_far = random_state(device)
     model.train()
     try:
         for step, batch in enumerate(
@@ -97,7 +98,7 @@ def probe_anchor(
             decay.step()
         return start  # it will hold the probe's weights: the finally clause exchanges them
     finally:
-        torch.set_rng_state(random_state)
+        restore_random_state(drawn_so_far, device)
         for parameter, gradient in zip(parameters, kept_gradients, strict=True):
             parameter.grad = gradient
         exchange(model, start)
