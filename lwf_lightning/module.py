@@ -101,9 +101,10 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         unlearning_max_grad_norm: The unlearning gradient is clipped to this norm; above 0.
         unlearning_ceiling: A text whose mean negative log-likelihood (nats per token) has
             reached this is not pushed further.
-        unlearning_retain: Weight of the mean loss on as many texts of the self-knowledge that are
-            not to be forgotten, which an unlearning step minimizes beside its objective (gradient
-            difference, arXiv 2401.06121): what the two share stays. 0 takes the paper's step.
+        unlearning_retain: Weight of the mean loss on up to ``forget_batch_size`` texts of the
+            self-knowledge that are not to be forgotten, which an unlearning step minimizes beside
+            its objective (gradient difference, arXiv 2401.06121): what the two share stays. 0 takes
+            the paper's step.
         without_scores: What to do if no FisherCallback chooses the forget set: ``refuse`` to
             start, or unlearn all (``use_all``) self-knowledge.
         max_skipped_steps: A step whose loss or gradient is NaN or infinite is skipped and
@@ -295,13 +296,14 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
                 "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
                 "model.init_args.schedule to never"
             )
+        self._warn_without_unlearning()
         with exchanged_weights(self.model, self.base_weights):
             self._data.elicit_self_knowledge(self.model)
             if isinstance(self.regularizer, WeightPull) and self.regularizer.needs_fisher:
                 self._estimate_regularizer_fisher()
         if self.schedule.unlearns and not is_scored:
             knowledge = cast(SelfKnowledge, self._data.self_knowledge)
-            self._data.set_forget_set(range(len(knowledge.texts)))
+            self.choose_forget_set(range(len(knowledge.texts)))
 
     def on_train_start(self) -> None:
         """Has a resumed run follow its own arguments, and dropout go on where it was."""

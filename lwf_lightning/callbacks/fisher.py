@@ -35,6 +35,7 @@ from lwf_lightning.forgetting.select import SelectionStrategy, select_forget_set
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
 from lwf_lightning.losses import Reduction
 from lwf_lightning.module import LWFModule
+from lwf_lightning.run_length import learning_steps
 
 
 class FisherCallback(L.Callback):
@@ -189,6 +190,7 @@ class FisherCallback(L.Callback):
                 "FisherCallback needs `learning_batches` and `forget_batches` with a "
                 f"{type(pl_module).__name__}"
             )
+        self._warn_if_late(trainer, pl_module)
         has_own_loss = hasattr(pl_module, "per_text_loss")
         if self.probe_folder and (has_own_loss or not isinstance(pl_module, LWFModule)):
             raise ValueError(
@@ -200,6 +202,23 @@ class FisherCallback(L.Callback):
             self._base_weights[name] = self._base_weights[name].to(parameters[name])  # type: ignore[index]
         ranks_of(trainer).copy_first((self._base_weights or {}).values())
         rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, self.save_tensors)}")
+
+    def _warn_if_late(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        first, steps = self.refresh_interval, learning_steps(trainer)
+        is_own_timing = type(self).should_refresh is not FisherCallback.should_refresh
+        if first is None or steps is None or self.scores is not None or is_own_timing:
+            return
+        if isinstance(pl_module, LWFModule):
+            unlearns = pl_module.schedule.unlearns_between
+            is_late = unlearns(0, steps) and not unlearns(first, steps)
+        else:
+            is_late = first >= steps
+        if is_late:
+            rank_zero_warn(
+                f"nothing will be forgotten: with FisherCallback's refresh_interval {first} the "
+                f"first texts are chosen before step {first} (counted from 0), and the run has "
+                f"{steps} learning steps. Lower refresh_interval, or take anchor 'probe'"
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -268,7 +287,7 @@ class FisherCallback(L.Callback):
         ).tolist()
         self.refreshed_at = trainer.global_step
         if isinstance(pl_module, LWFModule):
-            data.set_forget_set(self.forget_set)
+            pl_module.choose_forget_set(self.forget_set)
         log_refresh(trainer, self.scores, self.forget_set)
 
     def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

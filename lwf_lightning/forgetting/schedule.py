@@ -77,3 +77,12 @@ class UnlearningSchedule:
             draw = random.Random(f"{self.seed}:{learning_step}").random()
             return int(draw < 1 / self.interval)
         return 0
+
+    def unlearns_between(self, start: int, end: int) -> bool:
+        """Whether one comes before any of the learning steps from ``start`` to below ``end``.
+
+        Example:
+            >>> UnlearningSchedule("periodic", interval=8).unlearns_between(0, 8)
+            False
+        """
+        return any(self.steps_before(step) > 0 for step in range(start, end))
