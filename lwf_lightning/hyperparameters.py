@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from lwf_lightning.named import check_name
+from lwf_lightning.optimization import LearningRateSchedule
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+TrainingDtype: TypeAlias = Literal["float32", "bfloat16"]
+WithoutScores: TypeAlias = Literal["refuse", "use_all"]
+
+_NAMES = {
+    "dtype": TrainingDtype,
+    "learning_rate_schedule": LearningRateSchedule,
+    "without_scores": WithoutScores,
+}
 
 
 def lora_config(lora: Any) -> LoraConfig | None:
@@ -29,11 +41,13 @@ def changed_fields(lora: LoraConfig) -> dict[str, Any]:
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Refuses a value that is out of range.
+    """Refuses a name that is unknown and a value that is out of range.
 
     Raises:
         ValueError: It names the argument as the command line does.
     """
+    for name, known in _NAMES.items():
+        check_name(f"model.init_args.{name}", values[name], get_args(known))
     for name in ("learning_rate", "max_grad_norm", "unlearning_max_grad_norm", "unlearning_scale"):
         if not values[name] > 0:
             raise ValueError(f"model.init_args.{name} must be above 0, got {values[name]}")

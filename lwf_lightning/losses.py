@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, padded_right
+from lwf_lightning.named import check_name
 from lwf_lightning.packing import is_text_by_text, one_row
 
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -36,7 +37,11 @@ class LabelledTokens:
         """Adds or averages one value per labelled token into one per text, shape (texts,).
 
         A text without a label gets 0.
+
+        Raises:
+            ValueError: If ``reduction`` is unknown.
         """
+        check_name("reduction", reduction, get_args(Reduction))
         total = token_values.new_zeros(self.texts).index_add(0, self.text, token_values)
         if reduction == "sum":
             return total

@@ -135,7 +135,7 @@ class Plan:
         learning: Passes of a learning step.
         evaluation: Passes of an evaluation batch.
         unlearns: Whether the run unlearns: a base copy, and moments of its own.
-        compares: Whether the run looks back at the base weights without unlearning: a base copy.
+        compares: Whether the run keeps the base weights without unlearning: a base copy.
         pulls: Whether a pull weighs by the Fisher information, which it keeps.
         anchor: Where theta*_L comes from; None without a FisherCallback.
         unlearning: Passes of an unlearning step.

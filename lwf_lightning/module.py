@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import (
@@ -27,14 +28,23 @@ from lwf_lightning.forgetting.weights import (
     whole_weights,
 )
 from lwf_lightning.fsdp2 import whole_state
-from lwf_lightning.hyperparameters import changed_fields, check_ranges, lora_config
+from lwf_lightning.hyperparameters import (
+    TrainingDtype,
+    WithoutScores,
+    changed_fields,
+    check_ranges,
+    lora_config,
+)
 from lwf_lightning.learning import LearningMixin
 from lwf_lightning.models import load_model, load_tokenizer
 from lwf_lightning.objectives import ObjectiveName, build_objective
 from lwf_lightning.optimization import (
     LearningRateSchedule,
+    arguments_of,
     build_adamw,
     build_learning_rate_schedule,
+    take_arguments,
+    take_peak_rates,
 )
 from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.regularizers import RegularizerName, WeightPull, build_regularizer
@@ -91,9 +101,10 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         unlearning_max_grad_norm: The unlearning gradient is clipped to this norm; above 0.
         unlearning_ceiling: A text whose mean negative log-likelihood (nats per token) has
             reached this is not pushed further.
-        unlearning_retain: Weight of the mean loss on as many texts of the self-knowledge that are
-            not to be forgotten, which an unlearning step minimizes beside its objective (gradient
-            difference, arXiv 2401.06121): what the two share stays. 0 takes the paper's step.
+        unlearning_retain: Weight of the mean loss on up to ``forget_batch_size`` texts of the
+            self-knowledge that are not to be forgotten, which an unlearning step minimizes beside
+            its objective (gradient difference, arXiv 2401.06121): what the two share stays. 0 takes
+            the paper's step.
         without_scores: What to do if no FisherCallback chooses the forget set: ``refuse`` to
             start, or unlearn all (``use_all``) self-knowledge.
         max_skipped_steps: A step whose loss or gradient is NaN or infinite is skipped and
@@ -112,7 +123,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self,
         model_name: str = "smollm2-135m",
         *,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: TrainingDtype = "float32",
         attention: str | None = None,
         gradient_checkpointing: bool = False,
         lora: LoraConfig | None = None,
@@ -137,7 +148,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         unlearning_max_grad_norm: float = 1.0,
         unlearning_ceiling: float = 5.0,
         unlearning_retain: float = 0.0,
-        without_scores: Literal["refuse", "use_all"] = "refuse",
+        without_scores: WithoutScores = "refuse",
         max_skipped_steps: int = 10,
         seed: int = 0,
     ) -> None:
@@ -159,6 +170,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self.guard: UnlearningGuard | None = None
         self._unlearned_before = -1  # the learning step whose unlearning steps are done
         self._random_state: dict[str, Any] | None = None
+        self._arguments: list[list[dict[str, Any]]] = []  # of each optimizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -194,9 +206,10 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
 
     @property
     def needs_base_weights(self) -> bool:
-        """Whether the run looks back at theta_base."""
+        """Whether the run, or one that goes on from its checkpoint, looks back at theta_base."""
         compares = self.learning_loss is not None or isinstance(self.regularizer, WeightPull)
-        return self.schedule.unlearns or compares
+        # An adapter starts at random: from a checkpoint without its start nobody finds it again.
+        return self.schedule.unlearns or compares or self.lora is not None
 
     @property
     def needs_self_knowledge(self) -> bool:
@@ -261,6 +274,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
     def on_fit_start(self) -> None:
         """Elicits the self-knowledge from the base weights; the cache makes that quick again."""
         super().on_fit_start()
+        # Before a checkpoint brings those of its run along.
+        self._arguments = [arguments_of(optimizer) for optimizer in self.trainer.optimizers]
         if not self.needs_base_weights:
             return
         if self.base_weights is None:
@@ -282,16 +297,22 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
                 "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
                 "model.init_args.schedule to never"
             )
+        self._warn_without_unlearning()
         with exchanged_weights(self.model, self.base_weights):
             self._data.elicit_self_knowledge(self.model)
             if isinstance(self.regularizer, WeightPull) and self.regularizer.needs_fisher:
                 self._estimate_regularizer_fisher()
         if self.schedule.unlearns and not is_scored:
             knowledge = cast(SelfKnowledge, self._data.self_knowledge)
-            self._data.set_forget_set(range(len(knowledge.texts)))
+            self.choose_forget_set(range(len(knowledge.texts)))
 
     def on_train_start(self) -> None:
-        """Puts back the random state of a resumed run, so that dropout goes on where it was."""
+        """Has a resumed run follow its own arguments, and dropout go on where it was."""
+        for optimizer, arguments in zip(self.trainer.optimizers, self._arguments, strict=True):
+            take_arguments(optimizer, arguments)
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, LambdaLR):
+            take_peak_rates(schedule)
         if self._random_state is not None:
             restore_random_state(self._random_state, self.device)
             self._random_state = None
@@ -317,8 +338,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             raise NonFiniteLossError(
                 f"{self.skipped_steps} steps had a NaN or infinite loss or gradient, the last a "
                 f"{kind} step after {self.trainer.global_step} learning steps. Lower "
-                "model.init_args.learning_rate or unlearning_scale and resume from the last "
-                "checkpoint, or allow more with model.init_args.max_skipped_steps"
+                "model.init_args.learning_rate or unlearning_scale and go on from the last "
+                "checkpoint by its file (--ckpt_path <file>: with another rate, `last` begins "
+                "another run), or allow more with model.init_args.max_skipped_steps"
             )
         return False
 
@@ -334,7 +356,6 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             "skipped_steps": self.skipped_steps,
             "is_sharded": mesh_of(self.model.parameters()) is not None,
             "random_states": ranks_of(self.trainer).gather(random_state(self.device)),
-            # An adapter starts at random, so a resumed run cannot find its start again.
             "base_weights": None if self.lora is None else whole_weights(self.base_weights or {}),
         }
 
@@ -347,7 +368,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self.skipped_steps = state["skipped_steps"]
         states, rank = state["random_states"], ranks_of(self._trainer).rank
         self._random_state = states[rank] if rank < len(states) else None
-        if state["base_weights"] is not None:
+        if state["base_weights"]:
             self.base_weights = dict(state["base_weights"])
             if hasattr(self, "model"):  # which some strategies have cut into shards by now
                 self._place_base_weights()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises ``ValueError`` unless ``name`` is one of those known; ``kind`` says of what."""
+    names = list(known)
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(names)}")
 
 
 def build_by_name(
@@ -26,8 +33,7 @@ def build_by_name(
     Raises:
         ValueError: If the name or an option is unknown, or a value is out of range.
     """
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+    check_name(kind, name, known)
     accepted = set(inspect.signature(known[name]).parameters)
     unknown = sorted(set(options or {}) - accepted)
     if unknown:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.shards import local, ranks_of_shards
-
-if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
 
 LearningRateSchedule: TypeAlias = Literal["constant", "linear", "cosine"]
 
@@ -108,7 +106,7 @@ def build_learning_rate_schedule(
     *,
     learning_steps: int,
     warmup_ratio: float,
-) -> LRScheduler:
+) -> LambdaLR:
     """Linear warm-up, then constant, or falling to zero over the learning steps of the run."""
     from transformers import get_scheduler
 
@@ -119,6 +117,27 @@ def build_learning_rate_schedule(
         num_warmup_steps=round(warmup_ratio * learning_steps),
         num_training_steps=learning_steps,
     )
+
+
+def arguments_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the run's arguments say of each parameter group: peak rate, betas and decay."""
+    names = ("initial_lr", "betas", "weight_decay")
+    return [{n: group[n] for n in names if n in group} for group in optimizer.param_groups]
+
+
+def take_arguments(optimizer: torch.optim.Optimizer, arguments: list[dict[str, Any]]) -> None:
+    """Gives a restored optimizer what :func:`arguments_of` kept; its moments stay."""
+    for group, own in zip(optimizer.param_groups, arguments, strict=True):
+        group.update(own)
+
+
+def take_peak_rates(schedule: LambdaLR) -> None:
+    """Has a restored schedule go on below its optimizer's peak rates: its place in it stays."""
+    groups = schedule.optimizer.param_groups
+    schedule.base_lrs = [group["initial_lr"] for group in groups]
+    for group, share in zip(groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
 
 
 def labelled_token_count(batch: Batch) -> int:

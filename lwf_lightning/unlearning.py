@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import gradient_sync, ranks_of
+from lwf_lightning.forgetting.schedule import UnlearningSchedule
 from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import LabelledTokens, labelled_tokens
@@ -17,6 +20,7 @@ from lwf_lightning.objectives import Objective
 from lwf_lightning.optimization import clip_gradients
 from lwf_lightning.packing import text_by_text
 from lwf_lightning.ranks import Ranks
+from lwf_lightning.run_length import learning_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +55,7 @@ class UnlearningMixin(L.LightningModule):
     model: PreTrainedModel
     base_weights: dict[str, Tensor] | None
     objective: Objective
+    schedule: UnlearningSchedule
     guard: UnlearningGuard | None
     unlearning_steps: int
     phase: str
@@ -61,6 +66,28 @@ class UnlearningMixin(L.LightningModule):
 
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         raise NotImplementedError
+
+    def choose_forget_set(self, indices: Sequence[int]) -> None:
+        """Has these texts of the self-knowledge unlearned from now on: D_U."""
+        self._data.set_forget_set(indices)
+        texts = len(self._data.self_knowledge.texts)
+        if self.hparams["unlearning_retain"] > 0 and len(indices) == texts:
+            rank_zero_warn(
+                "model.init_args.unlearning_retain has nothing to retain: the forget set is all of "
+                f"the self-knowledge, {texts} texts. Take more data.init_args.forgetting_prompts, "
+                "or have FisherCallback choose fewer, by forgetting_rate and strategy"
+            )
+
+    def _warn_without_unlearning(self) -> None:
+        """Elicitation and scores would be for nothing, and the run be called what it is not."""
+        steps, schedule = learning_steps(self.trainer), self.schedule
+        if steps is None or not schedule.unlearns or schedule.unlearns_between(0, steps):
+            return
+        rank_zero_warn(
+            "no step of this run unlearns, it is plain fine-tuning: model.init_args.schedule is "
+            f"{schedule.kind} with unlearning_interval {schedule.interval}, and the run has "
+            f"{steps} learning steps. Lower unlearning_interval, or set schedule to never"
+        )
 
     def _unlearn(self) -> None:
         batch = self._data.forget_batch(self.unlearning_steps)

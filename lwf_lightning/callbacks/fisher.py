@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lwf_lightning.callbacks.fisher_arguments import Anchor, check_arguments
 from lwf_lightning.callbacks.refresh_data import fisher_batches, probe_batches, scoring_batches
 from lwf_lightning.callbacks.refresh_report import (
     log_refresh,
@@ -30,16 +31,11 @@ from lwf_lightning.forgetting.confidence import (
 from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.probe_cache import shared_probe
-from lwf_lightning.forgetting.select import (
-    SelectionStrategy,
-    check_selection,
-    select_forget_set,
-)
+from lwf_lightning.forgetting.select import SelectionStrategy, select_forget_set
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
 from lwf_lightning.losses import Reduction
 from lwf_lightning.module import LWFModule
-
-Anchor: TypeAlias = Literal["probe", "online"]
+from lwf_lightning.run_length import learning_steps
 
 
 class FisherCallback(L.Callback):
@@ -117,28 +113,6 @@ class FisherCallback(L.Callback):
         learning_batches: Sequence[Batch] | None = None,
         forget_batches: Sequence[Batch] | None = None,
     ) -> None:
-        if anchor == "online" and refresh_interval is None:
-            raise ValueError("anchor 'online' needs a refresh_interval, in learning steps")
-        if anchor == "probe" and refresh_interval is not None:
-            raise ValueError(
-                "anchor 'probe' is found once, before the first learning step: leave out "
-                "refresh_interval, or set anchor to 'online'"
-            )
-        counts = {
-            "refresh_interval": refresh_interval if refresh_interval is not None else 1,
-            "fisher_texts": fisher_texts,
-            "probe_steps": probe_steps,
-            "probe_batch_size": probe_batch_size,
-            "batch_size": batch_size,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if probe_folder is not None and anchor != "probe":
-            raise ValueError(f"probe_folder keeps probes, and anchor {anchor!r} needs none")
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {alpha}")
-        check_selection(strategy, forgetting_rate, threshold)
         self.anchor = anchor
         self.refresh_interval = refresh_interval
         self.estimator = estimator
@@ -158,6 +132,7 @@ class FisherCallback(L.Callback):
         self.seed = seed
         self.learning_batches = learning_batches
         self.forget_batches = forget_batches
+        check_arguments(vars(self))
 
         self.scores: ForgettingConfidence | None = None
         self.forget_set: list[int] | None = None
@@ -215,6 +190,7 @@ class FisherCallback(L.Callback):
                 "FisherCallback needs `learning_batches` and `forget_batches` with a "
                 f"{type(pl_module).__name__}"
             )
+        self._warn_if_late(trainer, pl_module)
         has_own_loss = hasattr(pl_module, "per_text_loss")
         if self.probe_folder and (has_own_loss or not isinstance(pl_module, LWFModule)):
             raise ValueError(
@@ -227,6 +203,23 @@ class FisherCallback(L.Callback):
         ranks_of(trainer).copy_first((self._base_weights or {}).values())
         saved = self.save_tensors and not trainer.fast_dev_run  # type: ignore[attr-defined]
         rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, saved)}")
+
+    def _warn_if_late(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        first, steps = self.refresh_interval, learning_steps(trainer)
+        is_own_timing = type(self).should_refresh is not FisherCallback.should_refresh
+        if first is None or steps is None or self.scores is not None or is_own_timing:
+            return
+        if isinstance(pl_module, LWFModule):
+            unlearns = pl_module.schedule.unlearns_between
+            is_late = unlearns(0, steps) and not unlearns(first, steps)
+        else:
+            is_late = first >= steps
+        if is_late:
+            rank_zero_warn(
+                f"nothing will be forgotten: with FisherCallback's refresh_interval {first} the "
+                f"first texts are chosen before step {first} (counted from 0), and the run has "
+                f"{steps} learning steps. Lower refresh_interval, or take anchor 'probe'"
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -295,7 +288,7 @@ class FisherCallback(L.Callback):
         ).tolist()
         self.refreshed_at = trainer.global_step
         if isinstance(pl_module, LWFModule):
-            data.set_forget_set(self.forget_set)
+            pl_module.choose_forget_set(self.forget_set)
         log_refresh(trainer, self.scores, self.forget_set)
 
     def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

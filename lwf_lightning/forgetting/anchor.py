@@ -15,6 +15,7 @@ from lwf_lightning.forgetting.weights import copy_weights, exchange, trainable_p
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import can_fuse, clip_gradients, labelled_token_count
 from lwf_lightning.packing import forward_passes
+from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import in_step
 
@@ -52,10 +53,13 @@ def probe_anchor(
         One tensor per trainable parameter, of its shape and dtype.
 
     Raises:
-        ValueError: If there is no batch, or the loss stops being finite.
+        ValueError: If there is no batch, one has nothing to learn, the learning rate is not above
+            0, or the loss stops being finite.
     """
     if not batches:
         raise ValueError("the probe needs at least one batch of the learning task")
+    if not learning_rate > 0:
+        raise ValueError(f"the probe's learning rate must be above 0, got {learning_rate}")
     ranks = ranks or Ranks()
     training, start = model.training, copy_weights(model)
     parameters = list(trainable_parameters(model).values())
@@ -68,7 +72,7 @@ def probe_anchor(
     )
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     kept_gradients = [parameter.grad for parameter in parameters]
-    random_state = torch.get_rng_state()
+    drawn_so_far = random_state(device)
     model.train()
     try:
         for step, batch in enumerate(
@@ -76,6 +80,8 @@ def probe_anchor(
         ):
             optimizer.zero_grad()
             terms = len(batch["labels"]) if text_loss else labelled_token_count(padded_right(batch))
+            if not terms:
+                raise ValueError(f"batch {step + 1} of the probe has nothing to learn: no label")
             mine = ranks.share(range(len(batch["labels"])))
             # A rank without a text runs one for company: with shards the others wait for it.
             share = take_texts(batch, mine or [0])
@@ -92,7 +98,7 @@ def probe_anchor(
             decay.step()
         return start  # it will hold the probe's weights: the finally clause exchanges them
     finally:
-        torch.set_rng_state(random_state)
+        restore_random_state(drawn_so_far, device)
         for parameter, gradient in zip(parameters, kept_gradients, strict=True):
             parameter.grad = gradient
         exchange(model, start)

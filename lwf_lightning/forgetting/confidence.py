@@ -19,6 +19,7 @@ from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
 from lwf_lightning.forgetting.tensors import check_fit
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import Reduction, per_text_loss
+from lwf_lightning.named import check_name
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import local, ranks_of_shards, sharded_like, whole
 
@@ -123,8 +124,7 @@ def forgetting_confidence(
         raise ValueError(f"alpha must be above 0, got {alpha}")
     check_fit(fisher, model, what="fisher")
     check_fit(anchor, model, what="anchor")
-    if text_step not in get_args(TextStep):
-        raise ValueError(f"unknown text_step {text_step!r}; choose unit or gradient")
+    check_name("text_step", text_step, get_args(TextStep))
     sink = _InnerProducts(model, fisher, anchor, with_norms=text_step == "unit")
     loss = text_loss or partial(per_text_loss, reduction=reduction)
     ranks = ranks or ranks_of_shards(model.parameters())

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
 from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
 from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import LabelledTokens, Reduction, labelled_tokens, per_text_loss
+from lwf_lightning.named import check_name
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import added_by_all, local, ranks_of_shards
 
@@ -99,8 +100,7 @@ def fisher_sums(
 ) -> tuple[dict[str, Tensor], int]:
     """The sum of all texts' squared gradients and their number; see :func:`diagonal_fisher`."""
     ranks = ranks or ranks_of_shards(model.parameters())
-    if estimator not in ("empirical", "true"):
-        raise ValueError(f"unknown estimator {estimator!r}; choose 'empirical' or 'true'")
+    check_name("estimator", estimator, get_args(FisherEstimator))
     loss = text_loss or partial(per_text_loss, reduction=reduction)
     if estimator == "true":
         if text_loss is not None:

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from lwf_lightning.named import check_name
+
 ScheduleKind: TypeAlias = Literal["periodic", "ahead", "front_loaded", "random", "never"]
 
 
@@ -41,10 +43,7 @@ class UnlearningSchedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(ScheduleKind):
-            raise ValueError(
-                f"unknown schedule {self.kind!r}; choose one of {', '.join(get_args(ScheduleKind))}"
-            )
+        check_name("schedule", self.kind, get_args(ScheduleKind))
         if self.interval < 1:
             raise ValueError(
                 f"model.init_args.unlearning_interval must be at least 1, got {self.interval}"
@@ -78,3 +77,12 @@ class UnlearningSchedule:
             draw = random.Random(f"{self.seed}:{learning_step}").random()
             return int(draw < 1 / self.interval)
         return 0
+
+    def unlearns_between(self, start: int, end: int) -> bool:
+        """Whether one comes before any of the learning steps from ``start`` to below ``end``.
+
+        Example:
+            >>> UnlearningSchedule("periodic", interval=8).unlearns_between(0, 8)
+            False
+        """
+        return any(self.steps_before(step) > 0 for step in range(start, end))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+from lwf_lightning.named import check_name
 
 SelectionStrategy: TypeAlias = Literal["highest", "lowest", "random", "all", "threshold"]
 
@@ -36,8 +38,8 @@ def select_forget_set(
         be empty under ``threshold`` only.
 
     Raises:
-        ValueError: If there is no text, a value is not finite, the rate is outside (0, 1], or
-            ``threshold`` and ``strategy`` do not fit together.
+        ValueError: If there is no text, a value is not finite, ``strategy`` is unknown, the rate
+            is outside (0, 1], or ``threshold`` and ``strategy`` do not fit together.
 
     Example:
         >>> confidence = torch.tensor([0.1, 0.9, 0.5, 0.7])
@@ -66,19 +68,16 @@ def select_forget_set(
         chosen = torch.zeros(confidence.numel(), dtype=torch.bool)
         chosen[torch.randperm(confidence.numel(), generator=generator)[:count]] = True
         return descending[chosen.to(descending.device)[descending]]
-    if strategy == "all":
-        return descending
     if threshold is not None:
         return descending[confidence[descending] >= threshold]
-    raise ValueError(
-        f"unknown selection strategy {strategy!r}; choose highest, lowest, random, all or threshold"
-    )
+    return descending  # all
 
 
 def check_selection(
     strategy: SelectionStrategy, forgetting_rate: float, threshold: float | None
 ) -> None:
-    """Raises ``ValueError`` unless the rate lies in (0, 1] and threshold and strategy fit."""
+    """Raises ``ValueError`` unless the strategy is known and the other two fit it."""
+    check_name("selection strategy", strategy, get_args(SelectionStrategy))
     if not 0 < forgetting_rate <= 1:
         raise ValueError(f"forgetting_rate must lie in (0, 1], got {forgetting_rate}")
     if (threshold is None) == (strategy == "threshold"):

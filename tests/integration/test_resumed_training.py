@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -45,6 +46,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert second.refreshed_at == first.refreshed_at
 
 
+class Rates(L.Callback):
+    """Keeps the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_a_run_that_goes_on_from_a_file_follows_its_own_arguments(
+    make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    unlearning = {"unlearning_interval": 1, "without_scores": "use_all"}
+    first = make_trainer(max_steps=3)
+    first.fit(make_module(**unlearning), make_data())
+    first.save_checkpoint(tmp_path / "three.ckpt")
+    module = make_module(
+        **unlearning,
+        learning_rate=1e-5,
+        learning_rate_schedule="linear",
+        warmup_ratio=0.0,
+        weight_decay=0.2,
+        betas=(0.7, 0.8),
+    )
+    seen = Rates()
+    trainer = make_trainer(max_steps=6, callbacks=[seen])
+    trainer.fit(module, make_data(), ckpt_path=str(tmp_path / "three.ckpt"))
+    assert seen.rates == [pytest.approx(1e-5 * share) for share in (3 / 6, 2 / 6, 1 / 6)]
+    for optimizer, decay, steps in zip(trainer.optimizers, (0.2, 0.0), (6, 5), strict=True):
+        matrices, vectors = optimizer.param_groups
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (decay, 0.0)
+        assert matrices["betas"] == vectors["betas"] == (0.7, 0.8)
+        assert {int(state["step"]) for state in optimizer.state.values()} == {steps}
+
+
 def test_a_resumed_adapter_keeps_its_start_and_its_dropout(
     make_module: Make,
     make_data: Make,
@@ -68,6 +105,22 @@ def test_a_resumed_adapter_keeps_its_start_and_its_dropout(
     make_trainer(max_steps=8, callbacks=[second, rest]).fit(module, make_data(), ckpt_path=file)
     torch.testing.assert_close(rest.weights, whole.weights[5:], rtol=0, atol=0)
     torch.testing.assert_close(second.scores.confidence, first.scores.confidence, rtol=0, atol=0)
+
+
+def test_an_adapter_trained_without_unlearning_can_go_on_with_it(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
+) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    plain = make_module(schedule="never", lora=LoraConfig(**lora))
+    first = make_trainer(max_steps=2)
+    first.fit(plain, make_data())
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    module = make_module(unlearning_interval=1, lora=LoraConfig(**lora))
+    trainer = make_trainer(max_steps=4, callbacks=[make_callback()])
+    trainer.fit(module, make_data(), ckpt_path=str(tmp_path / "two.ckpt"))
+    assert module.unlearning_steps == 2
+    # The adapter was drawn anew: the run looks back at where the one that is trained started.
+    torch.testing.assert_close(module.base_weights, plain.base_weights, rtol=0, atol=0)
 
 
 def test_a_second_fit_of_the_same_objects_starts_anew(

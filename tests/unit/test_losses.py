@@ -107,3 +107,10 @@ def test_a_batch_without_labels_is_refused(make_llama: Callable[..., Any]) -> No
     batch = collate([EncodedText((5, 6), (-100, -100))], 0)
     with pytest.raises(ValueError, match="no labelled token"):
         per_text_loss(make_llama(), batch)
+
+
+def test_an_unknown_reduction_is_refused(make_llama: Callable[..., Any]) -> None:
+    batch = {name: torch.tensor([[5, 6, 7]]) for name in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="unknown reduction 'avg'; choose one of mean, sum"):
+        per_text_loss(make_llama(), batch, reduction="avg")  # type: ignore[arg-type]

@@ -164,6 +164,25 @@ def test_should_refresh_may_be_overridden(
     assert math.isfinite(callback.scores.alpha)
 
 
+def test_a_refresh_after_the_end_is_warned_of_unless_the_timing_is_your_own(
+    make_llama: Callable[..., Any],
+    make_texts: Callable[..., Any],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    class First(FisherCallback):
+        def should_refresh(self, step: int) -> bool:
+            return step == 0
+
+    learn = list(batches_of(make_texts(12, seed=1), 3, 0))
+    for kind, warned in ((First, False), (FisherCallback, True)):
+        callback = kind(
+            "online", 2, learning_batches=learn, forget_batches=learn, save_tensors=False
+        )
+        fit(Foreign(make_llama()), learn, 2, callback)
+        said = [str(warning.message) for warning in recwarn]
+        assert any("nothing will be forgotten: with" in text for text in said) == warned
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -174,6 +193,14 @@ def test_should_refresh_may_be_overridden(
         ({"probe_steps": -1}, "probe_steps must be at least 1"),
         ({"alpha": 0.0}, "alpha must be above 0"),
         ({"forgetting_rate": 0.0}, r"forgetting_rate must lie in \(0, 1\]"),
+        ({"anchor": "Probe"}, "unknown anchor 'Probe'; choose one of probe, online"),
+        ({"estimator": "exact"}, "unknown estimator 'exact'"),
+        ({"reduction": "avg"}, "unknown reduction 'avg'"),
+        ({"text_step": "units"}, "unknown text_step 'units'"),
+        ({"strategy": "top"}, "unknown selection strategy 'top'"),
+        ({"probe_learning_rate": 0.0}, "probe_learning_rate must be above 0"),
+        ({"learning_batches": []}, "learning_batches holds no batch"),
+        ({"forget_batches": []}, "forget_batches holds no batch"),
         ({"strategy": "threshold"}, "give `threshold` with strategy 'threshold'"),
     ],
 )

@@ -44,6 +44,13 @@ def test_never_never_does() -> None:
     assert not schedule.unlearns
 
 
+def test_whether_a_part_of_a_run_unlearns() -> None:
+    periodic, ahead = UnlearningSchedule("periodic", interval=4), UnlearningSchedule("ahead")
+    assert [periodic.unlearns_between(0, end) for end in (0, 4, 5)] == [False, False, True]
+    assert not periodic.unlearns_between(5, 8)
+    assert [ahead.unlearns_between(start, 9) for start in (0, 1)] == [True, False]
+
+
 @pytest.mark.parametrize("interval", [0, -3])
 def test_a_zero_or_negative_interval_is_refused(interval: int) -> None:
     with pytest.raises(ValueError, match=f"unlearning_interval must be at least 1, got {interval}"):

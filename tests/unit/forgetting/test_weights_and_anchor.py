@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -15,6 +17,8 @@ from lwf_lightning.forgetting.weights import (
     put_back,
     relative_change,
 )
+from lwf_lightning.losses import per_text_loss
+from lwf_lightning.random_state import random_state, restore_random_state
 
 
 def test_exchange_swaps_and_swaps_back_without_copying(make_llama: Callable[..., Any]) -> None:
@@ -93,6 +97,28 @@ def test_probe_equals_a_hand_written_loop(
     assert any((anchor[name] - before[name]).abs().max() > 1e-3 for name in anchor)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_probe_leaves_every_generator_where_it_was(
+    device: str, make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model, place = make_llama().to(device), torch.device(device)
+
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), float(torch.rand((), device=place))]
+
+    def noisy_loss(model: Any, batch: Any) -> torch.Tensor:
+        return per_text_loss(model, batch) * sum(draw())
+
+    before = random_state(place)
+    batches = list(batches_of(make_texts(4), 2, pad_token_id=0))
+    probe_anchor(model, batches, learning_rate=1e-2, text_loss=noisy_loss)
+    drawn = draw()
+    restore_random_state(before, place)
+    assert drawn == draw()
+
+
 def test_probe_puts_everything_back_when_the_loss_explodes(
     make_llama: Callable[..., Any], make_texts: Callable[..., Any]
 ) -> None:
@@ -106,3 +132,9 @@ def test_probe_puts_everything_back_when_the_loss_explodes(
     assert not model.training
     with pytest.raises(ValueError, match="at least one batch"):
         probe_anchor(model, [], learning_rate=1e-2)
+    with pytest.raises(ValueError, match="learning rate must be above 0, got 0"):
+        probe_anchor(model, batches, learning_rate=0.0)
+    unlabelled = {**batches[1], "labels": torch.full_like(batches[1]["labels"], -100)}
+    with pytest.raises(ValueError, match="batch 2 of the probe has nothing to learn: no label"):
+        probe_anchor(model, [batches[0], unlabelled], learning_rate=1e-2)
+    torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)

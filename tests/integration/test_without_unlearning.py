@@ -1,0 +1,90 @@
+"""Runs that unlearn or retain less than their configuration says: it is said before they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def warnings_of(
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    recwarn: pytest.WarningsRecorder,
+) -> Make:
+    """Runs a fit; gives what it warned of about forgetting, and its unlearning steps."""
+
+    def run(
+        model: dict[str, Any], callback: dict[str, Any] | None, **trainer: Any
+    ) -> tuple[list[str], int]:
+        recwarn.clear()
+        module = make_module(**model)
+        callbacks = [] if callback is None else [make_callback(**callback)]
+        make_trainer(callbacks=callbacks, **trainer).fit(module, make_data())
+        said = [str(warning.message) for warning in recwarn]
+        words = ("unlearn", "forgotten", "retain")
+        return [text for text in said if any(word in text for word in words)], (
+            module.unlearning_steps
+        )
+
+    return run
+
+
+LATE = {"anchor": "online", "refresh_interval": 5}
+
+
+@pytest.mark.parametrize(
+    ("model", "callback", "trainer", "message"),
+    [
+        ({"unlearning_interval": 4}, {}, {"max_steps": 4}, "unlearning_interval 4, and the run"),
+        # 24 texts in batches of 4
+        ({"unlearning_interval": 6}, {}, {"max_steps": -1, "max_epochs": 1}, "the run has 6"),
+        ({"unlearning_interval": 2}, LATE, {"max_steps": 5}, "refresh_interval 5"),
+        ({"unlearning_interval": 4}, LATE, {"max_steps": 7}, "refresh_interval 5"),
+    ],
+)
+def test_a_run_in_which_no_step_unlearns_says_so(
+    model: dict[str, Any],
+    callback: dict[str, Any],
+    trainer: dict[str, Any],
+    message: str,
+    warnings_of: Make,
+) -> None:
+    said, steps = warnings_of(model, callback, **trainer)
+    assert steps == 0
+    assert len(said) == 1
+    assert message in said[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "callback", "trainer"),
+    [
+        ({"unlearning_interval": 4}, {}, {"max_steps": 5}),
+        ({"unlearning_interval": 6}, {}, {"max_steps": -1, "max_epochs": 2}),
+        ({"unlearning_interval": 5}, LATE, {"max_steps": 6}),
+        ({"schedule": "ahead", "ahead_steps": 1, "unlearning_retain": 1.0}, {}, {"max_steps": 1}),
+    ],
+)
+def test_a_run_that_unlearns_says_nothing(
+    model: dict[str, Any], callback: dict[str, Any], trainer: dict[str, Any], warnings_of: Make
+) -> None:
+    said, steps = warnings_of(model, callback, **trainer)
+    assert steps > 0
+    assert said == []
+
+
+@pytest.mark.parametrize("callback", [None, {"strategy": "all"}])
+def test_with_nothing_to_retain_the_run_says_so(
+    callback: dict[str, Any] | None, warnings_of: Make
+) -> None:
+    model = {"schedule": "ahead", "ahead_steps": 1, "without_scores": "use_all"}
+    assert warnings_of(model, callback, max_steps=1) == ([], 1)
+    said, _ = warnings_of(model | {"unlearning_retain": 1.0}, callback, max_steps=1)
+    assert len(said) == 1
+    assert "unlearning_retain has nothing to retain" in said[0]
