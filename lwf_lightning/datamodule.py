@@ -19,6 +19,7 @@ from lwf_lightning.distributed import ranks_of
 from lwf_lightning.evaluation_data import EvalKey, EvaluationDataMixin
 from lwf_lightning.files import cache_root
 from lwf_lightning.forgetting.elicit import SelfKnowledge, elicit
+from lwf_lightning.progress import shows_progress
 from lwf_lightning.tasks import (
     ChoiceStyle,
     Example,
@@ -239,6 +240,7 @@ class LWFDataModule(EvaluationDataMixin):
                 chat_template=self.chat_template,
                 cache_dir=self.cache_dir or cache_root() / "self_knowledge",
                 ranks=ranks_of(self.trainer),
+                progress=shows_progress(self.trainer),
             )
             for name, asked in prompts.items()
         ]

@@ -68,7 +68,7 @@ def prompt_limit(model: Any, max_new_tokens: int, max_prompt_tokens: int | None)
     if max_new_tokens >= positions:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model has "
-            f"{positions} positions"
+            f"{positions} positions, set data.init_args.max_new_tokens well below that"
         )
     room = positions - max_new_tokens
     return room if max_prompt_tokens is None else min(room, max_prompt_tokens)

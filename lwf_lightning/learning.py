@@ -16,6 +16,7 @@ from lwf_lightning.forgetting.weights import trainable_parameters
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import clip_gradients, labelled_token_count
 from lwf_lightning.packing import forward_passes, text_by_text
+from lwf_lightning.progress import shows_progress
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.regularizers import (
     FeaturePenalty,
@@ -129,7 +130,10 @@ class LearningMixin(L.LightningModule):
         batches = list(batches_of(texts, size, self._data.pad_token_id))
         with self.trainer.precision_plugin.forward_context():
             self._regularizer_fisher = diagonal_fisher(
-                self.model, batches, progress=ranks.is_first, ranks=ranks
+                self.model,
+                batches,
+                progress=shows_progress(self.trainer) and ranks.is_first,
+                ranks=ranks,
             )
 
 

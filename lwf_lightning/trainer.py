@@ -33,6 +33,7 @@ from lwf_lightning.fsdp2 import load_checkpoint_weights
 from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.models import export_model
 from lwf_lightning.module import LWFModule
+from lwf_lightning.results_table import print_results
 from lwf_lightning.resumption import CheckpointConnector, SignalConnector, StepLoop
 from lwf_lightning.runs import require_checkpoint
 
@@ -149,6 +150,8 @@ class LWFTrainer(L.Trainer):
             self.strategy.checkpoint_io = WholeCheckpointIO()
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = StepLoop(self, loop.min_steps, loop.max_steps)
+        for evaluation in (self.validate_loop, self.test_loop):
+            evaluation._print_results = print_results  # type: ignore[method-assign]
         self._checkpoint_connector: CheckpointConnector = CheckpointConnector(self)
         self._signal_connector = SignalConnector(self)
 

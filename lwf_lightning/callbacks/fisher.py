@@ -35,6 +35,7 @@ from lwf_lightning.forgetting.select import SelectionStrategy, select_forget_set
 from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
 from lwf_lightning.losses import Reduction
 from lwf_lightning.module import LWFModule
+from lwf_lightning.progress import shows_progress
 from lwf_lightning.run_length import learning_steps
 
 
@@ -244,7 +245,7 @@ class FisherCallback(L.Callback):
             "reduction": self.reduction,
             "seed": self.seed,
             "text_loss": text_loss,
-            "progress": ranks.is_first,
+            "progress": shows_progress(trainer) and ranks.is_first,
             "ranks": ranks,
         }
         data: Any = getattr(trainer, "datamodule", None)
@@ -272,7 +273,7 @@ class FisherCallback(L.Callback):
                     text_step=self.text_step,
                     reduction=self.reduction,
                     text_loss=text_loss,
-                    progress=ranks.is_first,
+                    progress=shows_progress(trainer) and ranks.is_first,
                     ranks=ranks,
                 )
                 if places is not None:
@@ -320,7 +321,7 @@ class FisherCallback(L.Callback):
                 batches,
                 learning_rate=rate,
                 text_loss=text_loss,
-                progress=True,
+                progress=shows_progress(trainer),
                 ranks=ranks,
             )
 

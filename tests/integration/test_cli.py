@@ -222,6 +222,32 @@ def test_help_says_what_a_checkpoint_path_does_here(
     assert "best" not in told
 
 
+def test_no_bar_shows_where_the_trainer_has_none(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = {"Eliciting", "Fisher", "Scoring"}
+    found = {}
+    for shown in ("true", "false"):
+        capsys.readouterr()
+        run("fit", "--trainer.enable_progress_bar", shown)
+        printed = capsys.readouterr()
+        found[shown] = {bar for bar in bars if f"{bar}:" in printed.err + printed.out}
+    assert found == {"true": bars, "false": set()}
+
+
+def test_each_figure_of_a_test_is_printed_once_and_whole(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    cli = run("test")
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "/" in line]
+    printed = {row[1].strip(): row[2].strip() for row in rows}
+    assert len(printed) == len(rows) > 2
+    assert printed == {
+        name: f"{float(value):.4f}" for name, value in cli.trainer.callback_metrics.items()
+    }
+
+
 def test_a_fit_of_nothing_names_the_way_in(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit"])
