@@ -1,6 +1,6 @@
 """All benchmarks, one table: ``python -m benchmarks`` (or ``make bench``).
 
-    python -m benchmarks                    # all of them, in about half an hour of two cores
+    python -m benchmarks                    # all of them, in about an hour of two cores
     python -m benchmarks --only scoring     # one of them; the others keep their last results
     python -m benchmarks --resume           # what has not finished at this commit
     python -m benchmarks --quick            # does everything still run? the figures mean nothing
