@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +131,12 @@ def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     for column in COLUMNS[3:5]:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column(COLUMNS[5])
-    last = None
-    for benchmark, work, beside, figure, bar, verdict in rows:
-        if benchmark != last:
-            if last is not None:
-                table.add_section()
-            table.add_row(benchmark, style="bold")
-            last = benchmark
-        style = None if verdict in ("met", "") else "yellow"
-        told = f"{work}: {beside}" if beside else work
-        table.add_row(told, figure, bar, verdict, style=style)
+    for benchmark, own in groupby(rows, key=itemgetter(0)):
+        table.add_section()
+        table.add_row(benchmark, style="bold")
+        for _, work, beside, *cells in own:
+            style = None if cells[-1] in ("met", "") else "yellow"
+            table.add_row(f"{work}: {beside}" if beside else work, *cells, style=style)
     return table
 
 

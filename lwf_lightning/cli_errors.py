@@ -75,11 +75,13 @@ class OneLineErrorParser(LightningArgumentParser):
             path, option = found.groups()
             where = message.split(":", 1)[0]
             meant = _meant(option, _options_of(path))
-            which = "a flag goes to the last callback of the list; set the others' in the file; "
-            which = which if where == "--trainer.callbacks" and not meant else ""
-            return (
-                f"{where}: {path} has no option {option!r}{meant} ({which}all: {where}.help {path})"
-            )
+            ways = f"all: {where}.help {path}"
+            if where == "--trainer.callbacks" and not meant:
+                ways = (
+                    "a flag goes to the last callback of the list; set the others' in the file; "
+                    + ways
+                )
+            return f"{where}: {path} has no option {option!r}{meant} ({ways})"
         return message
 
 

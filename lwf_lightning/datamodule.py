@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +227,26 @@ class LWFDataModule(EvaluationDataMixin):
         prompts: dict[str, list[str]] = {}
         for name, example in self.forgetting_examples:
             prompts.setdefault(name, []).append(example.prompt)
+        knowledge = self.answers_of(model, prompts)
+        if not knowledge.texts:
+            raise ValueError(
+                f"no texts are left in D_self: the base model's answers to all {knowledge.dropped} "
+                f"prompts of {', '.join(self.forgetting_tasks)} were empty. Look at the prompt "
+                "format, or choose other tasks in data.init_args.forgetting_tasks"
+            )
+        self.self_knowledge = knowledge
+        rank_zero_info(
+            f"D_self: {len(knowledge.texts)} texts, {knowledge.dropped} empty ones dropped"
+        )
+        self._check_resumed_texts()
+
+    def answers_of(self, model: Any, prompts: Mapping[str, Sequence[str]]) -> SelfKnowledge:
+        """The greedy answers of a model to prompts of each task, as D_self is elicited.
+
+        Args:
+            model: A ``transformers`` causal LM.
+            prompts: Task -> its prompts.
+        """
         parts = [
             elicit(
                 model,
@@ -244,20 +264,9 @@ class LWFDataModule(EvaluationDataMixin):
             )
             for name, asked in prompts.items()
         ]
-        knowledge = SelfKnowledge(
+        return SelfKnowledge(
             [text for part in parts for text in part.texts], sum(part.dropped for part in parts)
         )
-        if not knowledge.texts:
-            raise ValueError(
-                f"no texts are left in D_self: the base model's answers to all {knowledge.dropped} "
-                f"prompts of {', '.join(self.forgetting_tasks)} were empty. Look at the prompt "
-                "format, or choose other tasks in data.init_args.forgetting_tasks"
-            )
-        self.self_knowledge = knowledge
-        rank_zero_info(
-            f"D_self: {len(knowledge.texts)} texts, {knowledge.dropped} empty ones dropped"
-        )
-        self._check_resumed_texts()
 
     def _check_resumed_texts(self) -> None:
         """Called once texts and checkpoint are there; which comes first is up to the strategy."""

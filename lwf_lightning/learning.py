@@ -130,10 +130,7 @@ class LearningMixin(L.LightningModule):
         batches = list(batches_of(texts, size, self._data.pad_token_id))
         with self.trainer.precision_plugin.forward_context():
             self._regularizer_fisher = diagonal_fisher(
-                self.model,
-                batches,
-                progress=shows_progress(self.trainer) and ranks.is_first,
-                ranks=ranks,
+                self.model, batches, progress=shows_progress(self.trainer), ranks=ranks
             )
 
 

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
 
 
 def shows_progress(trainer: L.Trainer | None) -> bool:
-    """Whether to show a bar: not where the trainer has none, by ``enable_progress_bar``.
+    """Whether to show a bar: on the first process, unless the trainer has none itself.
 
     Args:
         trainer: The trainer; None where there is none, and somebody waits for a function.
     """
-    return trainer is None or trainer.progress_bar_callback is not None
+    if trainer is None:
+        return True
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None

@@ -27,6 +27,15 @@ VOCABULARY = 37
 WORDS = [f"w{i}" for i in range(40)]
 
 
+@pytest.fixture
+def empty_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test runs in it, so that what is written to a relative path shows."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
 def random_texts(count: int, *, seed: int = 0, longest: int = 11) -> list[EncodedText]:
     """Texts of unequal length whose last tokens are labelled."""
     generator = torch.Generator().manual_seed(seed)

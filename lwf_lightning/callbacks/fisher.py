@@ -245,7 +245,7 @@ class FisherCallback(L.Callback):
             "reduction": self.reduction,
             "seed": self.seed,
             "text_loss": text_loss,
-            "progress": shows_progress(trainer) and ranks.is_first,
+            "progress": shows_progress(trainer),
             "ranks": ranks,
         }
         data: Any = getattr(trainer, "datamodule", None)
@@ -273,7 +273,7 @@ class FisherCallback(L.Callback):
                     text_step=self.text_step,
                     reduction=self.reduction,
                     text_loss=text_loss,
-                    progress=shows_progress(trainer) and ranks.is_first,
+                    progress=shows_progress(trainer),
                     ranks=ranks,
                 )
                 if places is not None:

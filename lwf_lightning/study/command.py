@@ -32,7 +32,7 @@ from lwf_lightning.study.planted import with_found_figures
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.summary import summarize
 from lwf_lightning.study.tables import markdown
-from lwf_lightning.study.workers import perform_all, perform_once, results_file
+from lwf_lightning.study.workers import check_counts, perform_all, perform_once, results_file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _act(study: Study, options: Any) -> None:
     console = Console()
-    for flag in ("workers", "threads"):
-        if options[flag] < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {options[flag]}")
+    check_counts(options.workers, options.threads)
     if options.only:
         _perform_named(study, options.only, console)
         return

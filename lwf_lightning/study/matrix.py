@@ -85,10 +85,7 @@ def comparison_runs(study: Study, records: Iterable[Record]) -> list[Run]:
         records: What is recorded so far.
     """
     by_run = {record["run"]: record for record in records}
-    chosen = {
-        method: {cell: best_setting(study, method, cell, by_run) for cell in study.cells}
-        for method in study.methods
-    }
+    chosen = _best_settings(study, by_run)
     return [
         run
         for seed in study.seeds  # first: stopped early, a study has as many of each method
@@ -102,17 +99,29 @@ def comparison_runs(study: Study, records: Iterable[Record]) -> list[Run]:
 def awaited_runs(study: Study, records: Iterable[Record]) -> int:
     """How many runs will be compared once tuning has chosen their settings; 0 when it has."""
     by_run = {record["run"]: record for record in records}
-    runs: list[Run] = []
-    for method in study.methods:
-        any_setting = settings_of(study, method)[0]
-        waiting = {
-            cell: any_setting
-            for cell in study.cells
-            if best_setting(study, method, cell, by_run) is None
-        }
-        for seed in study.seeds:
-            runs += _runs(study, "comparison", method, seed, waiting, among=study.cells)
-    return len(runs)
+    return sum(
+        1
+        for method, settings in _best_settings(study, by_run).items()
+        for seed in study.seeds
+        for _ in _runs(
+            study,
+            "comparison",
+            method,
+            seed,
+            {c: settings_of(study, method)[0] for c, s in settings.items() if s is None},
+            among=study.cells,
+        )
+    )
+
+
+def _best_settings(
+    study: Study, by_run: Mapping[str, Record]
+) -> dict[str, dict[str, dict[str, Any] | None]]:
+    """Method -> cell -> :func:`best_setting`."""
+    return {
+        method: {cell: best_setting(study, method, cell, by_run) for cell in study.cells}
+        for method in study.methods
+    }
 
 
 def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:

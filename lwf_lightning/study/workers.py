@@ -81,6 +81,13 @@ def _output_to(path: Path) -> Iterator[None]:
                 os.close(own)
 
 
+def check_counts(workers: int, threads: int) -> None:
+    """Raises ``ValueError``, naming the flag, unless there is at least one of each."""
+    for flag, count in (("workers", workers), ("threads", threads)):
+        if count < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {count}")
+
+
 def perform_all(
     study: Study,
     runs: Sequence[Run],
@@ -101,10 +108,9 @@ def perform_all(
         told: Called with each run and the outcome of :func:`perform_once`, as they end.
 
     Raises:
-        ValueError: If there are no workers.
+        ValueError: If there are no workers, or no threads.
     """
-    if workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {workers}")
+    check_counts(workers, threads)
     context = multiprocessing.get_context("forkserver")  # imports once, a clean process per run
     context.set_forkserver_preload(list(_IMPORTED))
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # of torch, and of tokenizers

@@ -71,11 +71,8 @@ def test_fast_dev_run_writes_nothing(
     make_data: Make,
     make_trainer: Make,
     make_callback: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    empty_working_folder: Path,
 ) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
     fisher, guard = make_callback(), AscentGuard(max_rise=1e-9)
     callbacks = [fisher, guard, StepCheckpoint(every_n_steps=1), ExportCallback()]
     trainer = make_trainer(fast_dev_run=2, default_root_dir="runs", callbacks=callbacks)
@@ -86,7 +83,7 @@ def test_fast_dev_run_writes_nothing(
     assert guard.state.records
     with pytest.raises(ValueError, match="no Fisher was saved"):
         fisher.load_tensors()
-    assert list(Path().iterdir()) == []
+    assert list(empty_working_folder.iterdir()) == []
 
 
 def test_only_learning_steps_are_counted(

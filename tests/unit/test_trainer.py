@@ -52,13 +52,10 @@ def test_barebones_trains_and_writes_nothing(
     make_module: Make,
     make_data: Make,
     make_callback: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    empty_working_folder: Path,
 ) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
     module, fisher = make_module(schedule="ahead", ahead_steps=1), make_callback(save_tensors=False)
     trainer = LWFTrainer(barebones=True, max_steps=1, accelerator="cpu", callbacks=[fisher])
     trainer.fit(module, make_data())
     assert trainer.global_step == module.unlearning_steps == 1
-    assert list(Path().iterdir()) == []
+    assert list(empty_working_folder.iterdir()) == []

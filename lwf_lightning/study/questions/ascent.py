@@ -21,7 +21,6 @@ from lwf_lightning.data.sampler import seeded_sample
 from lwf_lightning.demo.world import ASSETS
 from lwf_lightning.files import whole_file
 from lwf_lightning.forgetting.confidence import forgetting_confidence
-from lwf_lightning.forgetting.elicit import elicit
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.forgetting.select import select_forget_set
 from lwf_lightning.forgetting.weights import exchanged_weights
@@ -160,21 +159,11 @@ def _unseen(ground: Ground, seed: int) -> list[EncodedText]:
     """The base model's own answers to prompts of the forgetting tasks that no run elicits."""
     data = ground.data
     count = TEXTS // len(data.forgetting_tasks)
-    texts: list[EncodedText] = []
-    for name in data.forgetting_tasks:
-        examples = seeded_sample(_examples(ground, name, "validation"), count, seed)
-        knowledge = elicit(
-            ground.model,
-            ground.module.tokenizer,
-            [example.prompt for example in examples],
-            max_new_tokens=data.max_new_tokens,
-            batch_size=data.elicit_batch_size,
-            stop=data.tasks[name].stop,
-            max_prompt_tokens=data.max_length,
-            chat_template=data.chat_template,
-        )
-        texts += [text.encoded() for text in knowledge.texts]
-    return texts
+    prompts = {
+        name: [e.prompt for e in seeded_sample(_examples(ground, name, "validation"), count, seed)]
+        for name in data.forgetting_tasks
+    }
+    return [text.encoded() for text in data.answers_of(ground.model, prompts).texts]
 
 
 def _examples(ground: Ground, task: str, split: Any) -> list[Example]:
