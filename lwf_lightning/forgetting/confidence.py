@@ -107,7 +107,8 @@ def forgetting_confidence(
         reduction: Whether a text's loss is the mean (ours by default; the paper does not say) or
             the sum over its labelled tokens.
         text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)
-            -> (texts,), text i depending on row i only. ``reduction`` does not apply to it.
+            -> (texts,), text i depending on row i only, see
+            :data:`~lwf_lightning.forgetting.gradients.TextLoss`. ``reduction`` does not apply to it.
         progress: Whether to show a progress bar.
         ranks: The processes that share the batches; each holds the same model, is given all
             batches and gets the whole result. By default this process is alone.

@@ -34,7 +34,11 @@ from lwf_lightning.shards import highest, mesh_of, ranks_of_shards, reshard, rou
 
 TextLoss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """(model, batch) -> one loss per text, shape (texts,). The loss of text i may depend on row i of
-the batch only."""
+the batch only.
+
+It may take the texts one by one, in another order, or with other tokens: they are then run one at a
+time, which is slower. This is seen in the ``input_ids`` that the model is called with. A loss that
+calls parts of the model, or hands it ``inputs_embeds``, has to keep the texts in their order."""
 
 
 def reduce_gradients(

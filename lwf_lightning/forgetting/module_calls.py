@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.forgetting.gradient_rules import Call, Rule, VectorRule, rule_of
 from lwf_lightning.forgetting.parameter_uses import OutsideUses, owners_of
+from lwf_lightning.forgetting.row_order import is_in_order
 
 
 class ModuleCalls:
@@ -31,7 +32,7 @@ class ModuleCalls:
         generic: Names of the parameters whose gradient plain autograd has to form. A forward pass
             adds what it finds.
         unsure: Whether the first axis of some tensor of the last forward pass may count something
-            else than texts, of which there are as many.
+            else than texts, of which there are as many, or texts in another order.
         uses: Watches the parameters in each forward pass.
     """
 
@@ -44,6 +45,7 @@ class ModuleCalls:
         self.owners = owners_of(model, parameters)
         self.generic: set[str] = set()
         self.unsure = False
+        self._model = model
         self._rules: dict[nn.Module, Rule] = {}
         for module, names in self.owners.items():
             if rule := rule_of(module):
@@ -57,7 +59,9 @@ class ModuleCalls:
         device = next(iter(parameters.values())).device
         self._ticket = torch.zeros((), device=device, requires_grad=True)
         self._text_first: set[nn.Module] = set()  # modules whose first axis is known to be texts
+        self._batch: Batch = {}
         self._rows = 0
+        self._has_all = False  # whether the model was last called with all texts at once
         self._other_axes: set[int] = set()  # lengths of the batch's axes but the first
         self._in_forward = False
         self._expected: Counter[str] = Counter()
@@ -73,6 +77,9 @@ class ModuleCalls:
                 module.register_forward_hook(self._after, with_kwargs=True, prepend=True),
             )
         ]
+        self._hooks.append(
+            self._model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +90,8 @@ class ModuleCalls:
     def forward(self, batch: Batch) -> Iterator[None]:
         """Captures the forward pass of a batch, and forgets the one before."""
         shapes = [tensor.shape for tensor in batch.values()]
-        self._rows = shapes[0][0]
+        self._batch, self._rows = batch, shapes[0][0]
+        self._has_all = False
         self._other_axes = {length for shape in shapes for length in shape[1:]}
         self.unsure = False
         self._expected.clear()
@@ -100,14 +108,23 @@ class ModuleCalls:
         for name in list(self._pending):
             self._reduce(name, self._pending.pop(name))
 
+    def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._has_all = isinstance(ids, Tensor) and ids.ndim > 1 and len(ids) == self._rows
+        if self._has_all and self._rows > 1 and not ids.is_floating_point():
+            self.unsure |= not is_in_order(ids, kwargs.get("attention_mask"), self._batch)
+
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self._running.append(self.owners[module].values())
-        ids = args[0] if args else None
-        if not (isinstance(module, nn.Embedding) and isinstance(ids, Tensor) and ids.ndim > 1):
-            return None
-        if ids.shape[0] == 1:  # positions that all texts share
-            return (ids.expand(self._rows, *ids.shape[1:]), *args[1:])
+        if isinstance(module, nn.Embedding) and args and self._are_shared_positions(args[0]):
+            return (args[0].expand(self._rows, -1), *args[1:])
         return None
+
+    def _are_shared_positions(self, ids: Any) -> bool:
+        """Whether ids are the positions of all texts, and not the tokens of one that runs alone."""
+        if not (self._has_all and isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == 1):
+            return False
+        return torch.equal(ids[0], torch.arange(ids.shape[1], dtype=ids.dtype, device=ids.device))
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

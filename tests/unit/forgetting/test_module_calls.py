@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lwf_lightning.data.batch import Batch, EncodedText, batches_of
+from lwf_lightning.forgetting.confidence import forgetting_confidence
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.losses import per_text_loss
 
@@ -160,3 +161,67 @@ def test_as_many_texts_as_tokens(oracle: ModuleType) -> None:
         oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))
         if isinstance(model, Small):  # cut once; then it is known that texts come first
             assert passes == [5, 3, 2, 5, 2, 6]
+
+
+def one_by_one(model: nn.Module, batch: Batch) -> Tensor:
+    """The usual loss, by as many calls of the model as there are texts."""
+    losses = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(functional.cross_entropy(logits, labels[1:]))
+    return torch.stack(losses)
+
+
+def by_length(model: nn.Module, batch: Batch) -> Tensor:
+    """The usual loss of the batch's texts in another order, put in order again."""
+    order = batch["attention_mask"].sum(dim=1).argsort()
+    return per_text_loss(model, {key: value[order] for key, value in batch.items()})[
+        order.argsort()
+    ]
+
+
+@pytest.mark.parametrize("loss", [one_by_one, by_length])
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [("llama", ""), ("gpt2", ""), ("gpt2", "wte"), ("gpt2", "wpe"), ("gpt2", "mlp"), ("lora", "")],
+)
+def test_a_loss_may_take_its_texts_one_by_one_or_in_another_order(
+    name: str, trained: str, loss: Any, oracle: ModuleType, make_texts: Callable[..., Any]
+) -> None:
+    model, texts = oracle.make_model(name), make_texts(5)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and trained in parameter_name)
+
+    batches = list(batches_of(texts, 3, oracle.PAD))
+    fisher = diagonal_fisher(model, batches, text_loss=loss)
+    oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))
+
+    weights: dict[str, Any] = {"fisher": fisher, "anchor": oracle.nearby_weights(model)}
+    own = forgetting_confidence(model, batches, text_loss=loss, **weights)
+    usual = forgetting_confidence(model, batches, **weights)
+    torch.testing.assert_close(own.alignment, usual.alignment, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "passes"),
+    [
+        (lambda batch: batch, 1),
+        (lambda batch: {key: value[:, 1:] for key, value in batch.items()}, 1),
+        (lambda batch: {key: value.flip(0) for key, value in batch.items()}, 5),
+    ],
+)
+def test_texts_in_order_go_together(change: Any, passes: int, oracle: ModuleType) -> None:
+    calls = []
+
+    def counted(model: nn.Module, batch: Batch) -> Tensor:
+        calls.append(batch)
+        return per_text_loss(model, change(batch))
+
+    ids = torch.tensor([text.input_ids for text in texts_of(3, 6)])
+    mask = torch.ones_like(ids)
+    mask[2, :2] = 0  # padded on the left: the usual loss moves it to the right
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask > 0, -100)}
+
+    diagonal_fisher(oracle.make_model("gpt2"), [batch], text_loss=counted)
+
+    assert len(calls) == passes
