@@ -54,9 +54,9 @@ def diagonal_fisher(
             the sum over its labelled tokens.
         seed: Seed of ``true``; a text's draw depends on the seed and its place in the order only.
         text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)
-            -> (texts,), text i depending on row i only, see
-            :data:`~lwf_lightning.forgetting.gradients.TextLoss`. ``reduction`` does not apply to it, and
-            it goes with ``empirical`` only.
+            -> (texts,), text i depending on row i only; see
+            :data:`~lwf_lightning.forgetting.gradients.TextLoss`. ``reduction`` does not apply to
+            it, and it goes with ``empirical`` only.
         progress: Whether to show a progress bar.
         ranks: The processes that share the batches; each holds the same model, is given all
             batches and gets the whole result. By default this process is alone.

@@ -110,8 +110,11 @@ class ModuleCalls:
 
     def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._has_all = isinstance(ids, Tensor) and ids.ndim > 1 and len(ids) == self._rows
-        if self._has_all and self._rows > 1 and not ids.is_floating_point():
+        if not isinstance(ids, Tensor):
+            self._has_all = False
+            return
+        self._has_all = ids.ndim > 1 and len(ids) == self._rows
+        if self._has_all and self._rows > 1:
             self.unsure |= not is_in_order(ids, kwargs.get("attention_mask"), self._batch)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

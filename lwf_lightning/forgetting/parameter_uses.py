@@ -89,7 +89,9 @@ class OutsideUses:
                 func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
             ) -> Any:
                 result = run(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-                if isinstance(result, Tensor):
+                # A shape is a tuple, too.
+                results = result if isinstance(result, list | tuple) else (result,)
+                if any(isinstance(part, Tensor) for part in results):
                     look(args)
                     if kwargs:
                         look(kwargs.values())

@@ -123,6 +123,10 @@ OUTSIDE: dict[str, Way] = {
     "an operation": lambda m, h: functional.linear(h, m.linear.weight, bias=m.linear.bias),
     "a method": lambda m, h: m.linear(h) * m.linear.weight.mean(),
     "a list": lambda m, h: m.linear(h) + torch.cat([m.linear.bias, m.linear.bias])[:6],
+    "parts": lambda m, h: functional.linear(h, torch.cat(m.linear.weight.split(4))),
+    "halves": lambda m, h: m.linear(h) + m.linear.weight.chunk(2)[1].mean(dim=0),
+    "rows": lambda m, h: m.linear(h) + torch.stack([row.sum() for row in m.linear.weight]),
+    "a shape": lambda m, h: m.linear(h) * m.linear.weight.shape[0] / m.linear.weight.stride()[0],
     "a function": lambda m, h: TimesWeight.apply(h, m.linear.bias) @ m.linear.weight,
 }
 
