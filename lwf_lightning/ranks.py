@@ -81,10 +81,19 @@ class Ranks:
                     distributed.broadcast(tensor, src=0)
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sums the gradients over all ranks; a rank without one adds nothing."""
+        """Sums the gradients over all ranks; a rank without one adds nothing.
+
+        Where no rank has one there is none afterwards: zeros would have an optimizer decay it.
+        """
         if self.world_size == 1:
             return
-        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters])
+        counts = self.sum(has_gradient.to(parameters[0].device, torch.int32)).tolist()
+        whole = [
+            parameter
+            for parameter, count in zip(parameters, counts, strict=True)
+            if count and not isinstance(parameter, DTensor)
+        ]
         for parameter in whole:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

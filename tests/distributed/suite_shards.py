@@ -203,6 +203,17 @@ def test_the_probe_equals_that_of_one_process(
     torch.testing.assert_close(whole_of(copy_weights(model)), before, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("mesh")
+def test_the_probe_decays_no_parameter_that_takes_no_part(oracle: Any, make_texts: Make) -> None:
+    batches = list(batches_of(make_texts(7), 3, pad_token_id=0))
+    found = []
+    for ranks in (Ranks(), RANKS):
+        model = oracle.Wrapped(oracle.make_model("llama_tied"))
+        model.unused = nn.Parameter(torch.ones(3))
+        found.append(probe_anchor(model, batches, learning_rate=1e-3, weight_decay=9, ranks=ranks))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_shared_probe_comes_back_on_every_rank(
     mesh: DeviceMesh, oracle: Any, make_texts: Make, tmp_path: Path, cut: bool
