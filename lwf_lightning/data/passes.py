@@ -117,4 +117,8 @@ def take_texts(batch: Batch, texts: Sequence[int]) -> Batch:
     rows = torch.tensor(texts, dtype=torch.int64, device=batch["input_ids"].device)
     part = {key: value[rows] for key, value in batch.items()}
     used = part["attention_mask"].any(dim=0)
-    return {key: value[:, used] for key, value in part.items()}
+    tokens = part["attention_mask"].shape[1]
+    return {
+        key: value[:, used] if value.ndim > 1 and value.shape[1] == tokens else value
+        for key, value in part.items()
+    }

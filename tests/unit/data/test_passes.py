@@ -92,3 +92,14 @@ def test_a_part_holds_its_texts_and_no_needless_padding(
     part, expected = take_texts(batch, [1, 3]), collate([texts[1], texts[3]], 0)
     torch.testing.assert_close(part, expected)
     torch.testing.assert_close(take_texts(flipped(batch), [1, 3]), flipped(expected))
+
+
+def test_a_part_holds_what_else_the_batch_says_of_its_texts(
+    make_texts: Callable[..., list[EncodedText]],
+) -> None:
+    batch = collate([*make_texts(2), EncodedText((7,) * 30, (7,) * 30)], 0)
+    weights, features = torch.tensor([0.5, 1.0, 2.0]), torch.arange(6.0).view(3, 2)
+    part = take_texts({**batch, "weight": weights, "feature": features}, [0, 1])
+    torch.testing.assert_close(part["weight"], weights[:2])
+    torch.testing.assert_close(part["feature"], features[:2])
+    assert part["input_ids"].shape[1] < 30
