@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lwf_lightning.files import whole_file
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def score_rows(
-    texts: Sequence[SelfText], scores: ForgettingConfidence, forget_set: Iterable[int]
+    texts: Sequence[SelfText], scores: ForgettingConfidence, forget_set: Iterable[int] | Tensor
 ) -> Iterator[dict[str, Any]]:
     """One row per text, highest confidence first.
 
@@ -23,7 +25,7 @@ def score_rows(
     ``confidence`` and ``selected``. ``row`` counts the task's prompts from 0: in its file, or among
     those that a limit has left.
     """
-    selected = set(forget_set)
+    selected = {int(index) for index in forget_set}
     confidence = scores.confidence.tolist()
     alignment, sensitivity = scores.alignment.tolist(), scores.sensitivity.tolist()
     for index in sorted(range(len(texts)), key=lambda i: -confidence[i]):
