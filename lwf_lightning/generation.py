@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lwf_lightning.modes import kept_modes
 from lwf_lightning.shards import highest, mesh_of
 
 if TYPE_CHECKING:
@@ -22,13 +23,9 @@ if TYPE_CHECKING:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off; afterwards every submodule is in the mode it was in before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with kept_modes(model):
+        model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def unwrapped(model: Any) -> Any:

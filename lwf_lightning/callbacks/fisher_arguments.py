@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
-from lwf_lightning.forgetting.confidence import TextStep
+from lwf_lightning.forgetting.confidence import TextStep, check_alpha
 from lwf_lightning.forgetting.fisher import FisherEstimator
 from lwf_lightning.forgetting.select import check_selection
 from lwf_lightning.losses import Reduction
@@ -46,9 +46,11 @@ def check_arguments(values: Mapping[str, Any]) -> None:
     for name in _AT_LEAST_ONE:
         if values[name] is not None and values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
-    for name in ("alpha", "probe_learning_rate"):
-        if values[name] is not None and not values[name] > 0:
-            raise ValueError(f"{name} must be above 0, got {values[name]}")
+    if values["alpha"] is not None:
+        check_alpha(values["alpha"])
+    rate = values["probe_learning_rate"]
+    if rate is not None and not rate > 0:
+        raise ValueError(f"probe_learning_rate must be above 0, got {rate}")
     if values["probe_folder"] is not None and values["anchor"] != "probe":
         raise ValueError(f"probe_folder keeps probes, and anchor {values['anchor']!r} needs none")
     for name in ("learning_batches", "forget_batches"):

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from lwf_lightning.data.batch import Batch, padded_right
 from lwf_lightning.data.passes import take_texts
 from lwf_lightning.forgetting.gradients import TextLoss
-from lwf_lightning.forgetting.weights import copy_weights, exchange, trainable_parameters
+from lwf_lightning.forgetting.weights import copy_weights, exchange, required_parameters
 from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.modes import kept_modes
 from lwf_lightning.optimization import can_fuse, clip_gradients, labelled_token_count
 from lwf_lightning.packing import forward_passes
 from lwf_lightning.random_state import random_state, restore_random_state
@@ -20,6 +21,7 @@ from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import in_step
 
 
+@torch.inference_mode(False)
 def probe_anchor(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -53,16 +55,16 @@ def probe_anchor(
         One tensor per trainable parameter, of its shape and dtype.
 
     Raises:
-        ValueError: If there is no batch, one has nothing to learn, the learning rate is not above
-            0, or the loss stops being finite.
+        ValueError: If nothing trains, there is no batch, one has nothing to learn, the learning
+            rate is not above 0, or the loss stops being finite.
     """
     if not batches:
         raise ValueError("the probe needs at least one batch of the learning task")
     if not learning_rate > 0:
         raise ValueError(f"the probe's learning rate must be above 0, got {learning_rate}")
     ranks = ranks or Ranks()
-    training, start = model.training, copy_weights(model)
-    parameters = list(trainable_parameters(model).values())
+    parameters = list(required_parameters(model).values())
+    start = copy_weights(model)
     device = parameters[0].device
     optimizer = torch.optim.AdamW(
         parameters,
@@ -73,36 +75,41 @@ def probe_anchor(
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     kept_gradients = [parameter.grad for parameter in parameters]
     drawn_so_far = random_state(device)
-    model.train()
     try:
-        for step, batch in enumerate(
-            tqdm(batches, desc="Probe", disable=not (progress and ranks.is_first))
-        ):
-            optimizer.zero_grad()
-            terms = len(batch["labels"]) if text_loss else labelled_token_count(padded_right(batch))
-            if not terms:
-                raise ValueError(f"batch {step + 1} of the probe has nothing to learn: no label")
-            mine = ranks.share(range(len(batch["labels"])))
-            # A rank without a text runs one for company: with shards the others wait for it.
-            share = take_texts(batch, mine or [0])
-            share = {key: value.to(device) for key, value in share.items()}
-            total = ranks.sum(_backward(model, share, text_loss, bool(mine) / terms))
-            if not bool(torch.isfinite(total)):
-                raise ValueError(
-                    f"the probe's loss became {total.item()} at step {step + 1}; "
-                    f"lower its learning rate (now {learning_rate:g})"
+        with kept_modes(model):
+            model.train()
+            for step, batch in enumerate(
+                tqdm(batches, desc="Probe", disable=not (progress and ranks.is_first))
+            ):
+                torch.clear_autocast_cache()  # it may hold casts of the weights before
+                optimizer.zero_grad()
+                terms = (
+                    len(batch["labels"]) if text_loss else labelled_token_count(padded_right(batch))
                 )
-            ranks.sum_gradients(parameters)
-            clip_gradients(parameters, max_grad_norm)
-            optimizer.step()
-            decay.step()
+                if not terms:
+                    raise ValueError(
+                        f"batch {step + 1} of the probe has nothing to learn: no label"
+                    )
+                mine = ranks.share(range(len(batch["labels"])))
+                # A rank without a text runs one for company: with shards the others wait for it.
+                share = take_texts(batch, mine or [0])
+                share = {key: value.to(device) for key, value in share.items()}
+                total = ranks.sum(_backward(model, share, text_loss, bool(mine) / terms))
+                if not bool(torch.isfinite(total)):
+                    raise ValueError(
+                        f"the probe's loss became {total.item()} at step {step + 1}; "
+                        f"lower its learning rate (now {learning_rate:g})"
+                    )
+                ranks.sum_gradients(parameters)
+                clip_gradients(parameters, max_grad_norm)
+                optimizer.step()
+                decay.step()
         return start  # it will hold the probe's weights: the finally clause exchanges them
     finally:
         restore_random_state(drawn_so_far, device)
         for parameter, gradient in zip(parameters, kept_gradients, strict=True):
             parameter.grad = gradient
         exchange(model, start)
-        model.train(training)
 
 
 @torch.enable_grad()

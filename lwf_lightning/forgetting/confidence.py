@@ -17,7 +17,7 @@ from lwf_lightning.forgetting.gradient_rules import work_dtype
 from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
 from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
 from lwf_lightning.forgetting.tensors import check_fit
-from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.forgetting.weights import required_parameters
 from lwf_lightning.losses import Reduction, per_text_loss
 from lwf_lightning.named import check_name
 from lwf_lightning.ranks import Ranks
@@ -107,8 +107,9 @@ def forgetting_confidence(
         reduction: Whether a text's loss is the mean (ours by default; the paper does not say) or
             the sum over its labelled tokens.
         text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)
-            -> (texts,), text i depending on row i only, see
-            :data:`~lwf_lightning.forgetting.gradients.TextLoss`. ``reduction`` does not apply to it.
+            -> (texts,), text i depending on row i only; see
+            :data:`~lwf_lightning.forgetting.gradients.TextLoss`. ``reduction`` does not apply to
+            it.
         progress: Whether to show a progress bar.
         ranks: The processes that share the batches; each holds the same model, is given all
             batches and gets the whole result. By default this process is alone.
@@ -118,11 +119,11 @@ def forgetting_confidence(
 
     Raises:
         ValueError: If ``fisher`` or ``anchor`` does not fit the model, ``alpha`` is not above
-            0, ``text_step`` is unknown, there is no text, nothing trains, a text has no label, or
-            its loss or score is not finite.
+            0 or infinite, ``text_step`` is unknown, there is no text, nothing trains, a text has
+            no label, or its loss or score is not finite.
     """
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha must be above 0, got {alpha}")
+    if alpha is not None:
+        check_alpha(alpha)
     check_fit(fisher, model, what="fisher")
     check_fit(anchor, model, what="anchor")
     check_name("text_step", text_step, get_args(TextStep))
@@ -151,6 +152,12 @@ def forgetting_confidence(
     if alpha is None:
         alpha = automatic_alpha(alignment, sensitivity)
     return ForgettingConfidence(alignment, sensitivity, alpha, sink.constant)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises ``ValueError`` unless alpha is above 0 and finite."""
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be above 0 and finite, got {alpha}")
 
 
 def _in_order(values: Sequence[Tensor], batches: Sequence[Batch], ranks: Ranks) -> Tensor:
@@ -203,7 +210,7 @@ class _InnerProducts:
         anchor: Mapping[str, Tensor],
         with_norms: bool,
     ) -> None:
-        self.base = trainable_parameters(model)
+        self.base = required_parameters(model)
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
         first = next(iter(self.base.values()))

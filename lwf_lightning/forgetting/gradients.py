@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.forgetting.gradient_blocks import BlockWriter
 from lwf_lightning.forgetting.gradient_sinks import GradientSink
-from lwf_lightning.forgetting.modes import gradient_mode
 from lwf_lightning.forgetting.module_calls import ModuleCalls
-from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.forgetting.weights import required_parameters
+from lwf_lightning.modes import gradient_mode
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import highest, mesh_of, ranks_of_shards, reshard, rounds, settle
 
@@ -74,9 +74,7 @@ def reduce_gradients(
         ValueError: If nothing trains, there is no text, a text has no label, or a loss is not
             finite or not of shape (texts,).
     """
-    parameters = trainable_parameters(model)
-    if not parameters:
-        raise ValueError("the model has no trainable parameter: all of them are frozen")
+    parameters = required_parameters(model)
     batches = list(batches)
     if not batches:
         raise ValueError("there is no text: `batches` is empty")

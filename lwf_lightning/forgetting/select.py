@@ -82,3 +82,5 @@ def check_selection(
         raise ValueError(f"forgetting_rate must lie in (0, 1], got {forgetting_rate}")
     if (threshold is None) == (strategy == "threshold"):
         raise ValueError("give `threshold` with strategy 'threshold', and only with it")
+    if threshold is not None and math.isnan(threshold):
+        raise ValueError(f"threshold must be a number, got {threshold}")

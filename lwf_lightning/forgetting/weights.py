@@ -18,6 +18,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def required_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The same, and ``ValueError`` if nothing trains."""
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise ValueError("the model has no trainable parameter: all of them are frozen")
+    return parameters
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies the trainable weights; one tensor of the parameter's shape and dtype per name."""
@@ -29,6 +38,7 @@ def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Gives the model back the weights that :func:`copy_weights` kept."""
     for name, parameter in trainable_parameters(model).items():
         parameter.copy_(weights[name])
+    torch.clear_autocast_cache()  # it may hold casts of the weights before
 
 
 @torch.no_grad()
@@ -69,7 +79,7 @@ def exchanged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[
         ``weights``, now holding the model's own weights.
 
     Raises:
-        ValueError: If a name or a shape does not fit the model.
+        ValueError: If a name, a shape, a dtype or a device does not fit the model.
     """
     parameters = trainable_parameters(model)
     if parameters.keys() != weights.keys():
@@ -81,6 +91,9 @@ def exchanged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[
                 f"{name} has shape {tuple(parameter.shape)} in the model, "
                 f"{tuple(weights[name].shape)} in the weights"
             )
+        places = [f"{tensor.dtype} on {tensor.device}" for tensor in (parameter, weights[name])]
+        if places[0] != places[1]:
+            raise ValueError(f"{name} is {places[0]} in the model, {places[1]} in the weights")
     exchange(model, weights)
     try:
         yield weights
@@ -99,3 +112,4 @@ def exchange(model: nn.Module, weights: dict[str, Tensor]) -> None:
             other.copy_(kept)
         else:
             parameter.data, weights[name] = weights[name], parameter.data
+    torch.clear_autocast_cache()  # it may hold casts of the weights before

@@ -45,7 +45,7 @@ class SimNPO(Objective):
     """
 
     def __init__(self, beta: float = 4.5, delta: float = 0.0) -> None:
-        if delta < 0:
+        if not delta >= 0:
             raise ValueError(f"delta must be at least 0, got {delta}")
         self.beta, self.delta = check_beta(beta), delta
 

@@ -69,7 +69,7 @@ class WeightPull:
         """
         if self.needs_fisher and fisher is None:
             raise ValueError(f"{type(self).__name__} needs the Fisher information as `fisher`")
-        penalties = []
+        penalty = torch.zeros((), device=next(iter(parameters.values())).device)
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
@@ -78,8 +78,8 @@ class WeightPull:
             if self.needs_fisher and fisher is not None:
                 pull *= local(fisher[name])
             local(parameter.grad).add_(pull)
-            penalties.append((pull * moved).sum() / 2)
-        return ranks_of_shards(parameters.values()).sum(torch.stack(penalties).sum())
+            penalty = penalty + (pull * moved).sum() / 2
+        return ranks_of_shards(parameters.values()).sum(penalty)
 
 
 def check_strength(strength: float) -> float:

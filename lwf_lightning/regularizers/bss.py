@@ -25,7 +25,7 @@ class BatchSpectralShrinkage(FeaturePenalty):
     """
 
     def __init__(self, strength: float = 1e-3, count: float = 1) -> None:
-        if count < 1 or count != int(count):
+        if count < 1 or not float(count).is_integer():
             raise ValueError(f"count must be a whole number from 1, got {count}")
         self.strength, self.count = check_strength(strength), int(count)
 

@@ -272,7 +272,7 @@ def test_a_score_that_is_not_finite_is_named(
         )
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_alpha_out_of_range_is_refused(
     alpha: float, oracle: ModuleType, make_texts: Callable[..., Any]
 ) -> None:
@@ -280,3 +280,11 @@ def test_alpha_out_of_range_is_refused(
     weights = oracle.nearby_weights(model)
     with pytest.raises(ValueError, match="alpha must be above 0"):
         forgetting_confidence(model, [], fisher=weights, anchor=weights, alpha=alpha)
+
+
+def test_scoring_needs_something_that_trains(
+    oracle: ModuleType, make_texts: Callable[..., Any]
+) -> None:
+    model = oracle.make_model("llama").requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        forgetting_confidence(model, batches_of(make_texts(2), 2, 0), fisher={}, anchor={})

@@ -77,5 +77,7 @@ def test_what_cannot_be_ranked_is_refused() -> None:
         select_forget_set(CONFIDENCE, threshold=1.0)
     with pytest.raises(ValueError, match="only with it"):
         select_forget_set(CONFIDENCE, strategy="threshold")
+    with pytest.raises(ValueError, match="threshold must be a number, got nan"):
+        select_forget_set(CONFIDENCE, strategy="threshold", threshold=float("nan"))
     with pytest.raises(ValueError, match="unknown selection strategy"):
         select_forget_set(CONFIDENCE, strategy="best")  # type: ignore[arg-type]

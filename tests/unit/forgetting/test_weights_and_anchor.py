@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lwf_lightning.data.batch import batches_of
+from lwf_lightning.data.batch import Batch, batches_of
 from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.forgetting.weights import (
     copy_weights,
@@ -64,6 +64,13 @@ def test_exchange_refuses_what_does_not_fit(make_llama: Callable[..., Any]) -> N
         exchanged_weights(model, {}),
     ):
         pass
+    for other, message in (
+        (torch.bfloat16, "is torch.float32 on cpu in the model, torch.bfloat16 on cpu in"),
+        (torch.device("meta"), "is torch.float32 on cpu in the model, torch.float32 on meta in"),
+    ):
+        odd = {name: weight.to(other) for name, weight in copy_weights(model).items()}
+        with pytest.raises(ValueError, match=message), exchanged_weights(model, odd):
+            pass
     wrong = copy_weights(model)
     wrong["lm_head.weight"] = wrong["lm_head.weight"][:-1]
     with (
@@ -138,3 +145,82 @@ def test_probe_puts_everything_back_when_the_loss_explodes(
     with pytest.raises(ValueError, match="batch 2 of the probe has nothing to learn: no label"):
         probe_anchor(model, [batches[0], unlabelled], learning_rate=1e-2)
     torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)
+
+
+def test_probe_takes_models_and_batches_of_inference_mode(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    batches = list(batches_of(make_texts(4), 2, pad_token_id=0))
+    expected = probe_anchor(make_llama(), batches, learning_rate=1e-2)
+    model = make_llama()
+    with torch.inference_mode():
+        batches = list(batches_of(make_texts(4), 2, pad_token_id=0))
+        anchor = probe_anchor(model, batches, learning_rate=1e-2)
+        kept = copy_weights(model)
+        with exchanged_weights(model, anchor):
+            pass
+        put_back(model, kept)
+    torch.testing.assert_close(anchor, expected)
+    held = [*anchor.values(), *kept.values(), *model.parameters()]
+    assert not any(tensor.is_inference() for tensor in held)
+    per_text_loss(model, next(batches_of(make_texts(2), 2, pad_token_id=0))).sum().backward()
+
+
+def test_autocast_keeps_no_cast_of_weights_that_were_exchanged_since(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    batches = list(batches_of(make_texts(8), 2, pad_token_id=0))
+
+    def probe(cache: bool) -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            return probe_anchor(make_llama(), batches, learning_rate=1e-2)
+
+    torch.testing.assert_close(probe(True), probe(False), rtol=0, atol=0)
+
+    model, others = make_llama(seed=0), copy_weights(make_llama(seed=1))
+    before, kept = copy_weights(model), dict(others)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+
+        def loss() -> torch.Tensor:
+            return per_text_loss(model, batches[0]).detach()
+
+        first = loss()
+        with exchanged_weights(model, others):
+            assert not torch.equal(loss(), first)
+        torch.testing.assert_close(loss(), first, rtol=0, atol=0)
+        put_back(model, kept)
+        assert not torch.equal(loss(), first)
+        put_back(model, before)
+        torch.testing.assert_close(loss(), first, rtol=0, atol=0)
+
+
+def test_probe_leaves_each_module_in_its_mode(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    model = make_llama()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    probe_anchor(model, list(batches_of(make_texts(2), 2, pad_token_id=0)), learning_rate=1e-2)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_probe_needs_something_that_trains(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    model = make_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        probe_anchor(model, list(batches_of(make_texts(2), 2, pad_token_id=0)), learning_rate=1e-2)
+
+
+def test_probe_gives_a_loss_what_else_the_batch_holds(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    batches = list(batches_of(make_texts(6), 3, pad_token_id=0))
+    weighted = [{**batch, "weight": torch.ones(3)} for batch in batches]
+
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        return per_text_loss(model, batch) * batch["weight"]
+
+    anchor = probe_anchor(make_llama(), weighted, learning_rate=1e-2, text_loss=loss)
+    usual = probe_anchor(make_llama(), batches, learning_rate=1e-2, text_loss=per_text_loss)
+    torch.testing.assert_close(anchor, usual)

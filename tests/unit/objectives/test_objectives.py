@@ -88,5 +88,8 @@ def test_options_reach_the_objective_and_unknown_ones_are_named() -> None:
         build_objective("ascent")
     with pytest.raises(ValueError, match="beta must be above 0"):
         build_objective("npo", {"beta": 0.0})
+    for delta in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="delta must be at least 0"):
+            build_objective("simnpo", {"delta": delta})
     with pytest.raises(ValueError, match="needs the base model's"):
         build_objective("npo")(tokens())

@@ -117,6 +117,8 @@ def test_a_parameter_that_the_step_does_not_move_is_left_out() -> None:
         found, (parameters["vector"] - base["vector"]).square().sum().detach()
     )
     assert parameters["matrix"].grad is None
+    parameters["vector"].grad = None
+    torch.testing.assert_close(L2SP(2.0).add_gradient(parameters, base), torch.tensor(0.0))
 
 
 def test_a_pull_in_bfloat16_is_as_exact_as_its_weights() -> None:
@@ -143,7 +145,7 @@ def test_options_reach_the_regularizer_and_unknown_ones_are_named() -> None:
     for name in ("bss", "l2sp", "ewc"):
         with pytest.raises(ValueError, match="strength must be above 0"):
             build_regularizer(name, {"strength": 0.0})
-    for count in (0, 1.5):
+    for count in (0, 1.5, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="count must be a whole number"):
             build_regularizer("bss", {"count": count})
 
