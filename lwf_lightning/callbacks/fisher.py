@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lwf_lightning.callbacks.base_weights import BaseWeights
 from lwf_lightning.callbacks.fisher_arguments import Anchor, check_arguments
 from lwf_lightning.callbacks.refresh_data import fisher_batches, probe_batches, scoring_batches
 from lwf_lightning.callbacks.refresh_report import (
@@ -32,7 +33,7 @@ from lwf_lightning.forgetting.fisher import FisherEstimator, diagonal_fisher
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.probe_cache import shared_probe
 from lwf_lightning.forgetting.select import SelectionStrategy, select_forget_set
-from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, trainable_parameters
+from lwf_lightning.forgetting.weights import exchanged_weights, trainable_parameters
 from lwf_lightning.losses import Reduction
 from lwf_lightning.module import LWFModule
 from lwf_lightning.progress import shows_progress
@@ -46,7 +47,8 @@ class FisherCallback(L.Callback):
     that method for another timing. With an :class:`~lwf_lightning.LWFModule` and its datamodule
     everything is found by itself. In another project give ``learning_batches`` and
     ``forget_batches``; the LightningModule holds its language model as ``model`` and may have a
-    method ``per_text_loss(batch)`` of shape (texts,); then read ``forget_set`` after a refresh.
+    method ``per_text_loss(batch)`` of shape (texts,), text i depending on row i only (see
+    :data:`~lwf_lightning.forgetting.gradients.TextLoss`); then read ``forget_set`` after a refresh.
 
     Args:
         anchor: Where theta*_L, the weights that solve the learning task, come from. ``probe``: a
@@ -140,6 +142,7 @@ class FisherCallback(L.Callback):
         self.refreshed_at = -1
         self.tensors_file: str | None = None
         self._base_weights: dict[str, Tensor] | None = None
+        self._foreign_base: BaseWeights | None = None
 
     @property
     def run_arguments(self) -> dict[str, Any]:
@@ -161,19 +164,27 @@ class FisherCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets an earlier fit, before a checkpoint is restored.
 
-        Keeps the base weights of another project's module; an LWFModule keeps its own.
+        Has the base weights of another project's module kept; an LWFModule keeps its own.
         """
         if stage != "fit":
             return
         self.scores = self.forget_set = self.tensors_file = None
         self.refreshed_at = -1
+        self._base_weights = self._foreign_base = None
         if not isinstance(pl_module, LWFModule):
             if not isinstance(getattr(pl_module, "model", None), torch.nn.Module):
                 raise TypeError(
                     f"{type(pl_module).__name__} must hold its language model as `model` before "
                     "FisherCallback is set up"
                 )
-            self._base_weights = copy_weights(cast(torch.nn.Module, pl_module.model))
+            self._foreign_base = BaseWeights(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Knows by it that the weights loaded last were those of a checkpoint."""
+        if self._foreign_base is not None:
+            self._foreign_base.restored()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks timing and data, and says how much memory Fisher and anchor will take."""
@@ -199,8 +210,9 @@ class FisherCallback(L.Callback):
                 "minimizes: leave it out"
             )
         parameters = trainable_parameters(pl_module.model)  # type: ignore[arg-type]
-        for name in self._base_weights or {}:  # the strategy may have moved or cast the model
-            self._base_weights[name] = self._base_weights[name].to(parameters[name])  # type: ignore[index]
+        if self._foreign_base is not None:
+            self._base_weights = self._foreign_base.placed(pl_module)
+            self._foreign_base = None
         ranks_of(trainer).copy_first((self._base_weights or {}).values())
         saved = self.save_tensors and not trainer.fast_dev_run  # type: ignore[attr-defined]
         rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, saved)}")

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -220,3 +221,46 @@ def test_a_foreign_module_without_data_or_model_is_refused(
     del module.model
     with pytest.raises(TypeError, match="must hold its language model as `model`"):
         fit(module, learn, 1, FisherCallback(learning_batches=learn, forget_batches=learn))
+
+
+class Later(Foreign):
+    """A module that makes its model ready in its own setup, which is after the callbacks'."""
+
+    def __init__(self, model: torch.nn.Module, way: str) -> None:
+        super().__init__(model)
+        self.way = way
+
+    def setup(self, stage: str) -> None:
+        if self.way == "an adapter":
+            torch.manual_seed(0)
+            self.model = get_peft_model(self.model, LoraConfig(r=2, target_modules="all-linear"))
+        elif self.way == "frozen in part":
+            self.model.model.embed_tokens.requires_grad_(False)
+        else:
+            self.load_state_dict({name: w * 1.5 for name, w in self.state_dict().items()})
+
+
+@pytest.mark.parametrize("way", ["an adapter", "frozen in part", "loaded"])
+def test_the_base_weights_are_those_before_training_however_late_the_module_is_ready(
+    way: str, make_llama: Callable[..., Any], make_texts: Callable[..., Any], tmp_path: Path
+) -> None:
+    learn = list(batches_of(make_texts(6, seed=1), 3, 0))
+    base = Later(make_llama(), way)
+    base.setup("fit")
+    found = []
+
+    def run(steps: int, **options: Any) -> L.Trainer:
+        callback = FisherCallback(
+            "online", 3, learning_batches=learn, forget_batches=learn, save_tensors=False
+        )
+        module = Later(make_llama(), way)
+        trainer = fit(module, learn, steps, callback, root=tmp_path, **options)
+        torch.testing.assert_close(callback._base_weights, copy_weights(base.model))
+        assert not module._load_state_dict_pre_hooks
+        found.append(callback.scores)
+        return trainer
+
+    run(4)
+    run(2).save_checkpoint(tmp_path / "resumed.ckpt")
+    run(4, ckpt_path=tmp_path / "resumed.ckpt")
+    torch.testing.assert_close(found[2].confidence, found[0].confidence)
