@@ -86,6 +86,11 @@ def check_strategy(trainer: L.Trainer) -> None:
     name, world_size = type(strategy).__name__, trainer.num_devices * trainer.num_nodes
     check_strategy_flag(strategy, world_size)
     check_precision_flag(trainer.precision)
+    if strategy.root_device.type == "mps":
+        raise ValueError(
+            "trainer.accelerator mps is not supported: scores and norms are summed in float64, "
+            "which Apple's GPUs do not have. Set trainer.accelerator to cpu"
+        )
     if isinstance(strategy, ModelParallelStrategy):
         _check_model_parallel(strategy, world_size)
     elif isinstance(strategy, DDPStrategy):

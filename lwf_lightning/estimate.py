@@ -97,28 +97,52 @@ def meta_model(module: LWFModule, config: Any = None) -> nn.Module:
 
 
 def size_of(model: Any) -> ModelSize:
-    """The size of a model, which may lie on the meta device."""
+    """The size of a model, which may lie on the meta device.
+
+    Raises:
+        ValueError: If its configuration says too little, as those of models without attention do.
+    """
     config = model.config.get_text_config()
     trained = [p for p in model.parameters() if p.requires_grad]
-    blocks = _blocks(model, config.num_hidden_layers)
+    layers = _whole_number(config, "num_hidden_layers")
+    hidden = _whole_number(config, "hidden_size")
+    heads = _whole_number(config, "num_attention_heads")
+    blocks = _blocks(model, layers)
     counts = [(_count(b.parameters()), _count(_trained(b))) for b in blocks]
-    heads = config.num_attention_heads
+    parameters, trainable = _count(model.parameters()), _count(trained)
     return ModelSize(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        layers=layers,
+        hidden=hidden,
+        intermediate=_whole_number(config, "intermediate_size", 4 * hidden),
         heads=heads,
-        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or 0,
-        vocabulary=config.vocab_size,
-        parameters=_count(model.parameters()),
-        trainable=_count(trained),
+        key_value_heads=_whole_number(config, "num_key_value_heads", heads),
+        head_size=_whole_number(config, "head_dim", 0),
+        vocabulary=_whole_number(config, "vocab_size"),
+        parameters=parameters,
+        trainable=trainable,
         block=max(count for count, _ in counts),
         block_trainable=max(count for _, count in counts),
+        root=parameters - sum(count for count, _ in counts),
+        root_trainable=trainable - sum(count for _, count in counts),
         largest=max(p.numel() for p in trained),
-        tied=bool(config.tie_word_embeddings),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
         trains_norms=any(p.ndim == 1 for p in trained),
     )
+
+
+def _whole_number(config: Any, name: str, default: int | None = None) -> int:
+    """A number of the configuration; the largest of them where layers have one each."""
+    value = getattr(config, name, None)
+    if isinstance(value, (list, tuple)) and value:
+        value = max(value)
+    if isinstance(value, int):
+        return value
+    if default is None:
+        raise ValueError(
+            f"the memory of a model of the kind {config.model_type} cannot be predicted, only "
+            f"that of transformers with attention: its configuration has no number {name}"
+        )
+    return default
 
 
 def _blocks(model: nn.Module, layers: int) -> list[nn.Module]:
@@ -177,6 +201,7 @@ def _plan(
     options: dict[str, Any] = {
         "learning": _distinct(learning),
         "accumulates": any(len(step) > 1 for step in learning),
+        "unlearns": module.schedule.unlearns,
         "compares": module.needs_base_weights,
         "pulls": module.hparams["regularizer"] == "ewc",
         "checkpointing": module.hparams["gradient_checkpointing"],
@@ -185,7 +210,7 @@ def _plan(
         "precision": precision_of(module.hparams["dtype"], str(trainer.precision), model),
     }
     options |= _evaluation(data, model, cost)
-    if module.schedule.unlearns:
+    if module.needs_self_knowledge:
         options |= _forgetting(trainer, data, texts, cost, passes)
     return Plan(**options)
 
@@ -197,7 +222,7 @@ def _forgetting(
     cost: int,
     passes: Callable[[Sequence[tuple[int, int]], int], list[Pass]],
 ) -> dict[str, Any]:
-    """What unlearning and its scores add to the plan."""
+    """What self-knowledge, its scores and unlearning add to the plan."""
     encoded = (
         encode_prompt(data._tokenizer, example.prompt, chat_template=data.chat_template)
         for _, example in data.forgetting_examples
@@ -207,7 +232,6 @@ def _forgetting(
     # Whatever is chosen to be forgotten, it is no longer than this.
     known = [(tokens + data.max_new_tokens, data.max_new_tokens) for tokens in prompts]
     found: dict[str, Any] = {
-        "unlearns": True,
         "unlearning": passes(known[: data.forget_batch_size], 0),
         "elicitation": Prompts(
             min(data.elicit_batch_size, len(prompts)), prompts[0], data.max_new_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lwf_lightning.errors import DiskFullError
 
@@ -25,6 +27,15 @@ def cache_root() -> Path:
     if own := os.environ.get("LWF_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lwf_lightning"
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file.
+
+    A row ends at a newline and nowhere else: its texts may hold other line ends, such as U+2028.
+    """
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def _temporary_sibling(path: Path) -> Path:

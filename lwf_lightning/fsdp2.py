@@ -94,7 +94,9 @@ def load_checkpoint_weights(model: nn.Module, path: str | Path, *, prefix: str =
         _check_names(state, found, path)
         load({"state_dict": state}, storage_reader=FileSystemReader(path), no_dist=True)
     else:
-        saved = WholeCheckpointIO().load_checkpoint(path)["state_dict"]
+        saved = WholeCheckpointIO().load_checkpoint(path).get("state_dict")
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict")
         _check_names(state, {name: tensor.shape for name, tensor in saved.items()}, path)
         with torch.no_grad():
             for name, tensor in state.items():
@@ -108,24 +110,32 @@ def _check_names(state: Mapping[str, Tensor], found: Mapping[str, torch.Size], p
         raise ValueError(f"{path} is a checkpoint of another model: {odd[0]} is not the same")
 
 
+# By name: a module holds what it imports as well, its builtins among it.
+_OF_AN_INDEX = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+}
+
+
 class _Unpickler(pickle.Unpickler):
     """Makes what the index of a sharded checkpoint is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Refuses any other class or function."""
-        known = (
-            module in ("torch.distributed.checkpoint.metadata",)
-            or (module, name)
-            in (
-                ("torch", "Size"),
-                ("torch.serialization", "_get_layout"),
-                ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-                ("pathlib", "PosixPath"),
-                ("pathlib", "WindowsPath"),
-            )
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        )
-        if not known or "." in name:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name not in _OF_AN_INDEX.get(module, ()) and not is_dtype:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
 

@@ -43,16 +43,17 @@ def phases(size: ModelSize, plan: Plan) -> list[Phase]:
     held = resident(size, plan)
     moments = {"moments of AdamW": 2 * size.trainable * plan.precision.trained // plan.ranks}
     found = [Phase("load", loading(size, plan), in_main_memory=plan.device != "cpu")]
-    if plan.unlearns:
+    estimates = plan.unlearns or plan.pulls
+    if estimates:
         found.append(Phase("elicit", held | generation(size, plan, plan.elicitation)))
-    if plan.unlearns and plan.anchor == "probe":
+    if estimates and plan.anchor == "probe":
         start = {"start copy of the probe": held["base copy"]}
         probe = step(size, plan, plan.probe, plan.probe_accumulates)
         found.append(Phase("probe", held | start | moments | probe))
     optimizers = dict(moments)
     if plan.unlearns:
         optimizers["moments of unlearning"] = moments["moments of AdamW"]
-    if plan.unlearns and plan.anchor:
+    if estimates and plan.anchor:
         # The probe is scored before any step; online, a refresh comes between steps.
         refresh = held | (optimizers if plan.anchor == "online" else _anchor(size, plan))
         found += [
@@ -254,8 +255,7 @@ def gathered_groups(
     numbers = plan.precision
     whole = (2 * size.block + size.root) * numbers.weights
     if gradients:
-        root_trainable = size.trainable - size.layers * size.block_trainable
-        whole += (size.block_trainable + root_trainable) * numbers.trained
+        whole += (size.block_trainable + size.root_trainable) * numbers.trained
     whole += per_parameter * size.largest
     return {"gathered layers": whole}
 
@@ -266,7 +266,9 @@ def _anchor(size: ModelSize, plan: Plan) -> Parts:
 
 
 def _cast_weights(size: ModelSize, plan: Plan, *, keeps: bool = True) -> Parts:
-    """Autocast copies the matrices: trained ones until the step ends, frozen ones for backward.
+    """Autocast copies the matrices, which a backward pass keeps until it has used them.
+
+    Lightning has autocast keep nothing by itself.
 
     Args:
         size: The model.
@@ -277,7 +279,7 @@ def _cast_weights(size: ModelSize, plan: Plan, *, keeps: bool = True) -> Parts:
     if not numbers.mixed:
         return {}
     matrices = size.parameters - (0 if size.tied else size.hidden * size.vocabulary)
-    if size.is_adapted and (plan.checkpointing or not keeps):
+    if not keeps or (size.is_adapted and plan.checkpointing):
         matrices = size.block + size.hidden * size.vocabulary
     return {"cast weights": matrices * numbers.compute}
 

@@ -24,6 +24,8 @@ class ModelSize:
         trainable: Those that train: all of them, or an adapter.
         block: Weights of the largest block.
         block_trainable: Those of them that train.
+        root: Weights outside the blocks: embedding, last norm, head.
+        root_trainable: Those of them that train.
         largest: Elements of the largest tensor that trains.
         head_size: Width of a head; 0 takes ``hidden / heads``.
         tied: Whether the head is the embedding.
@@ -40,6 +42,8 @@ class ModelSize:
     trainable: int
     block: int
     block_trainable: int
+    root: int
+    root_trainable: int
     largest: int
     head_size: int = 0
     tied: bool = False
@@ -56,11 +60,6 @@ class ModelSize:
         return self.attention // self.heads * self.key_value_heads
 
     @property
-    def root(self) -> int:
-        """Weights outside the blocks: embedding, last norm, head."""
-        return self.parameters - self.layers * self.block
-
-    @property
     def is_adapted(self) -> bool:
         """Whether an adapter trains and the rest is frozen."""
         return self.trainable < self.parameters
@@ -75,7 +74,7 @@ class Precision:
         trained: Of the weights that train: float32 in an adapter unless all is cast.
         compute: Of activations in matrix products.
         loaded: Of the weights as ``dtype`` loads them, before the trainer casts them.
-        mixed: Whether products run under autocast, which keeps cast copies.
+        mixed: Whether products run under autocast, on cast copies of the weights.
     """
 
     weights: int = 4

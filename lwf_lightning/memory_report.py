@@ -48,7 +48,7 @@ def size(count: float) -> str:
         '2.5 GB'
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # what is above would be rounded to 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

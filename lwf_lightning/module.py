@@ -361,6 +361,11 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the counters and the random state back."""
+        if "lwf" not in checkpoint:
+            raise ValueError(
+                "the checkpoint was not made by LWFModule: give one that was, or load its weights "
+                "as model.init_args.model_name"
+            )
         state = checkpoint["lwf"]
         check_resumable(self._trainer, state)
         self.unlearning_steps = state["unlearning_steps"]

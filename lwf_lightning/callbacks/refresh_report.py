@@ -13,6 +13,7 @@ from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.confidence import ForgettingConfidence
 from lwf_lightning.forgetting.report import markdown_table, score_rows, write_jsonl
 from lwf_lightning.forgetting.tensors import load_tensors, save_tensors
+from lwf_lightning.memory_report import size
 from lwf_lightning.runs import folder_of
 from lwf_lightning.shards import local, whole
 
@@ -88,14 +89,6 @@ def memory_of_refresh(parameters: Mapping[str, Tensor], saved: bool) -> str:
     anchor = sum(part.numel() * part.element_size() for part in held)
     return (
         f"{count:,} trainable parameters; a refresh holds the Fisher "
-        f"({_size(fisher)}) and the anchor ({_size(anchor)}) in memory"
-        + (f", and writes {_size(fisher + anchor)} to disk" if saved else "")
+        f"({size(fisher)}) and the anchor ({size(anchor)}) in memory"
+        + (f", and writes {size(fisher + anchor)} to disk" if saved else "")
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

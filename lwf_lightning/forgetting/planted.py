@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torchmetrics.functional.classification import binary_auroc
+
+from lwf_lightning.files import json_lines
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,9 @@ def confidence_by_part(
         field: The field that tells parts apart.
         value: Its value in the rows that should be forgotten.
     """
-    lines = planted_rows.read_text(encoding="utf-8").splitlines()
-    part_of = {row["prompt"]: row.get(field) for row in map(json.loads, lines)}
+    part_of = {row["prompt"]: row.get(field) for row in json_lines(planted_rows)}
     rows = [row for row in last_scores(run_folder) if row["prompt"] in part_of]
-    parts = [part_of[row["prompt"]] for row in rows]
+    parts = [str(part_of[row["prompt"]]) for row in rows]
     sought = torch.tensor([part == value for part in parts], dtype=torch.bool)
     selected = torch.tensor([bool(row["selected"]) for row in rows], dtype=torch.bool)
     # Ranks, since torchmetrics squashes what lies outside [0, 1] by a sigmoid that may saturate.
@@ -66,4 +66,4 @@ def last_scores(run_folder: Path) -> list[dict[str, Any]]:
     files = sorted((run_folder / "scores").glob("step-*.jsonl"))
     if not files:
         return []
-    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+    return json_lines(files[-1])

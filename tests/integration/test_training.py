@@ -300,3 +300,5 @@ def test_hyperparameters_load_as_primitives(
     loaded = LWFModule.load_from_checkpoint(tmp_path / "last.ckpt")
     torch.testing.assert_close(copy_weights(loaded.model), copy_weights(module.model))
     assert loaded.hparams["learning_rate"] == 1e-2
+    with pytest.raises(ValueError, match=r"was not made by LWFModule"):
+        module.on_load_checkpoint({"state_dict": {}})

@@ -7,8 +7,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 import yaml
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from lwf_lightning import LWFModule
 from lwf_lightning.distributed import check_strategy, fsdp2_lines, ranks_of
@@ -64,6 +70,13 @@ def test_ddp_is_taken(strategy: str | Callable[[], Any]) -> None:
     made = trainer(strategy=strategy if isinstance(strategy, str) else strategy())
     check_strategy(made)
     assert isinstance(made.strategy, DDPStrategy)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = LWFTrainer(accelerator="cpu", devices=1, logger=False)
+    monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("mps"))
+    with pytest.raises(ValueError, match=r"trainer.accelerator mps is not supported"):
+        check_strategy(made)
 
 
 def test_a_distributed_sampler_would_share_out_twice() -> None:

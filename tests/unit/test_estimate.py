@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
 from lwf_lightning.estimate import Estimate, meta_model, precision_of, predict, size_of
@@ -44,6 +45,39 @@ def test_the_size_is_that_of_the_model_without_its_weights(make_llama):
     assert adapted.trainable == 2 * (2 * 16 + 2 * 16)
     assert adapted.block_trainable == 2 * 16 + 2 * 16
     assert not adapted.trains_norms
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_outside_unequal_blocks_are_counted_one_by_one():
+    config = CONFIG_MAPPING["deepseek_v3"](
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_group=2, topk_group=1,
+        moe_intermediate_size=32, first_k_dense_replace=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = size_of(model)
+    outside = [p.numel() for name, p in model.named_parameters() if ".layers." not in name]
+    assert found.root == found.root_trainable == sum(outside)
+
+
+def test_a_model_whose_memory_has_other_terms_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mamba"](num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"kind mamba cannot be predicted.*num_attention_heads"):
+        size_of(model)
+
+
+def test_a_pull_that_weighs_is_estimated_with_its_scores(run):
+    pull = {"regularizer": "ewc", "schedule": "never"}
+    names = [phase.name for phase in predict(*run(pull)).phases]
+    assert {"elicit", "probe", "Fisher", "scoring"} <= set(names)
+    assert "unlearning step" not in names
+
+
+def test_sizes_are_rounded_to_the_unit_above():
+    assert size(999_600_000) == "1 GB"
+    assert size(999_400_000) == "999 MB"
 
 
 def test_no_weight_is_loaded(run, monkeypatch):

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from lwf_lightning.errors import DiskFullError
-from lwf_lightning.files import cache_root, remove_leftovers, whole_file, whole_folder
+from lwf_lightning.files import (
+    cache_root,
+    json_lines,
+    remove_leftovers,
+    whole_file,
+    whole_folder,
+)
 from lwf_lightning.forgetting.report import write_jsonl
 from lwf_lightning.forgetting.tensors import save_tensors
 
@@ -148,3 +154,9 @@ def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_root() == Path("/home/somebody/.cache/lwf_lightning")
+
+
+def test_rows_end_at_newlines_only(tmp_path: Path) -> None:
+    rows = [{"text": "one\u2028two\u2029three\x85four"}, {"text": "five\r\n"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert json_lines(tmp_path / "rows.jsonl") == rows

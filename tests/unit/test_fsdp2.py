@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import builtins
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,20 @@ def test_nothing_in_a_sharded_checkpoint_runs(make_llama: Make, tmp_path: Path, 
     with pytest.raises(DamagedFileError, match="could run code"):
         load_checkpoint_weights(make_llama(), folder)
     assert not (tmp_path / "trace").exists()
+
+
+def test_an_index_reaches_nothing_that_its_classes_module_imports(tmp_path: Path) -> None:
+    module = b"ctorch.distributed.checkpoint.metadata\n"
+    (tmp_path / ".metadata").write_bytes(module + b"__builtins__\nS'planted'\nI1\ns.")
+    with pytest.raises(DamagedFileError, match="could run code"):
+        check_sharded(tmp_path)
+    assert not hasattr(builtins, "planted")
+
+
+def test_a_file_without_a_state_dict_is_no_checkpoint(make_llama: Make, tmp_path: Path) -> None:
+    torch.save(make_llama().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt is not a checkpoint of Lightning"):
+        load_checkpoint_weights(make_llama(), tmp_path / "weights.pt")
 
 
 def test_a_sharded_checkpoint_that_is_cut_short_is_named(make_llama: Make, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ SIZE = ModelSize(
     trainable=10_000,
     block=3_000,
     block_trainable=3_000,
+    root=4_000,
+    root_trainable=4_000,
     largest=800,
 )
 ADAPTER = replace(
@@ -34,6 +36,7 @@ ADAPTER = replace(
     trainable=1_000,
     block_trainable=500,
     block=3_500,
+    root_trainable=0,
     largest=100,
     trains_norms=False,
 )

@@ -19,7 +19,7 @@ from lwf_lightning.data.batch import EncodedText
 from lwf_lightning.data.encode import encode_example, encode_prompt
 from lwf_lightning.data.sampler import seeded_sample
 from lwf_lightning.demo.world import ASSETS
-from lwf_lightning.files import whole_file
+from lwf_lightning.files import json_lines, whole_file
 from lwf_lightning.forgetting.confidence import forgetting_confidence
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.forgetting.select import select_forget_set
@@ -175,9 +175,10 @@ def neutral_texts(ground: Ground) -> list[EncodedText]:
     tokenizer, length = ground.module.tokenizer, ground.data.max_length
     if "world_forgetting" in ground.data.forgetting_tasks:
         file = ASSETS / "data" / "world_forgetting" / "test.jsonl"
-        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         examples = [
-            Example(row["prompt"], f" {row['answer']}") for row in rows if row["part"] == "neutral"
+            Example(row["prompt"], f" {row['answer']}")
+            for row in json_lines(file)
+            if row["part"] == "neutral"
         ]
         return [encode_example(tokenizer, example, length) for example in examples]
     texts = [tuple(tokenizer(text)["input_ids"])[:64] for text in prose()]

@@ -9,7 +9,6 @@ texts, <F g, g> with F = mean_n a_n a_n^T is mean_n <a_n, g>^2.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, batches_of
 from lwf_lightning.data.sampler import pass_order, seeded_sample
 from lwf_lightning.demo.world import ASSETS
+from lwf_lightning.files import json_lines
 from lwf_lightning.forgetting.confidence import (
     ForgettingConfidence,
     automatic_alpha,
@@ -295,8 +295,7 @@ def outdated_texts(texts: Sequence[SelfText]) -> list[bool] | None:
     if any(text.task != "world_forgetting" for text in texts):
         return None
     file = ASSETS / "data" / "world_forgetting" / "train.jsonl"
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    part_of = {row["prompt"]: row["part"] for row in rows}
+    part_of = {row["prompt"]: row["part"] for row in json_lines(file)}
     return [part_of[text.prompt] == "outdated" for text in texts]
 
 
