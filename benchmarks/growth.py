@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import record
 from benchmarks.growth_picture import Curve, draw
 from benchmarks.harness import QUICK_MODEL, Result, take_turns
-from benchmarks.memory import ENVIRONMENT, forget_peak, resident
+from benchmarks.memory import child_environment, forget_peak, resident
 from lwf_lightning import LWFDataModule, LWFModule
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.forgetting.confidence import forgetting_confidence
@@ -76,10 +75,13 @@ def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
             yield from _as_results(draw(points, Path(folder) / "growth.png"))
         return
     measure_missing(list(SERIES), rounds, threads=1, path=POINTS)
-    yield from _as_results(draw(read_points(POINTS).values(), PICTURE))
+    points = read_points(POINTS)
+    # They are kept from run to run: what measured them is not what draws them now.
+    measured = sorted({(point["commit"], point["threads"]) for point in points.values()})
+    yield from _as_results(draw(points.values(), PICTURE), measured=measured)
 
 
-def _as_results(curves: Iterable[Curve]) -> Iterator[Result]:
+def _as_results(curves: Iterable[Curve], **details: Any) -> Iterator[Result]:
     for curve in curves:
         yield Result(
             f"{curve.quantity} of {curve.name} against {curve.series}",
@@ -87,7 +89,12 @@ def _as_results(curves: Iterable[Curve]) -> Iterator[Result]:
             curve.growth,
             STEEPEST if (curve.quantity, curve.name) in HELD else None,
             unit="slope",
-            details={"x": list(curve.x), "y": list(curve.y), "r_squared": curve.r_squared},
+            details={
+                "x": list(curve.x),
+                "y": list(curve.y),
+                "r_squared": curve.r_squared,
+                **details,
+            },
         )
 
 
@@ -254,7 +261,7 @@ def measure_missing(series: list[str], rounds: int, *, threads: int, path: Path)
     for name, value in tqdm(missing, "Growth", unit="point"):
         command = [sys.executable, "-m", "benchmarks.growth", "--point", json.dumps([name, value])]
         command += ["--rounds", str(rounds), "--threads", str(threads)]
-        root, environment = Path(__file__).parents[1], {**os.environ, **ENVIRONMENT}
+        root, environment = Path(__file__).parents[1], child_environment()
         child = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
         if child.returncode:
             raise RuntimeError(f"point {key_of(name, value)} failed: {child.stderr[-2000:]}")

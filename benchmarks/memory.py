@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.harness import Result, Skipped, resident
 
 ENVIRONMENT = {
@@ -110,12 +112,15 @@ def results(*, quick: bool = False) -> Iterator[Result | Skipped]:
         )
 
 
+def child_environment() -> dict[str, str]:
+    """That of a process of its own, with as many threads as this one has."""
+    return {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def _measure(name: str) -> dict[str, Any]:
     """Runs a case in a process of its own: bytes by phase, measured and predicted."""
     command = [sys.executable, "-m", "benchmarks.memory", "--child", name]
-    child = subprocess.run(
-        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
-    )
+    child = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     if child.returncode:
         raise RuntimeError(f"case {name!r} failed: {child.stderr.strip()[-2000:]}")
     found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])

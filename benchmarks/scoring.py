@@ -11,7 +11,6 @@ beyond what model, Fisher, anchor and texts already take, with malloc set as in
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.harness import DATA, Result, Skipped, ratio_of_medians, resident, take_turns
-from benchmarks.memory import ENVIRONMENT
+from benchmarks.memory import child_environment
 from benchmarks.scoring_ways import (
     FISHER,
     OPACUS,
@@ -179,7 +178,7 @@ def _peak_of_a_process(way: str, batches: int) -> int:
     command = [sys.executable, "-m", "benchmarks.scoring", "--peak-of", way]
     command += ["--batches", str(batches)]
     root = Path(__file__).parents[1]
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = child_environment()
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=True
     )

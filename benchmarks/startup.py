@@ -33,7 +33,11 @@ def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
     def start(name: str) -> None:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         arguments = COMMANDS[name][0]
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode != (2 if "wrong" in name else 0):
+            raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         processor[name].append(round(used, 3))

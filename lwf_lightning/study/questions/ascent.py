@@ -6,6 +6,7 @@ without; all watch the same texts. A run that was interrupted goes on, a finishe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -77,7 +78,9 @@ def arms(config: Mapping[str, Any], scale: float) -> dict[str, dict[str, Any]]:
 
 
 def answer(ground: Ground, seed: int, folder: Path) -> Answer:
-    """Runs what has not been run, and reports."""
+    """Runs what has not been run with this configuration and seed, and reports."""
+    asked = json.dumps([ground.config, seed], sort_keys=True, default=str)
+    folder /= hashlib.sha256(asked.encode()).hexdigest()[:10]
     file = folder / "watched.json"
     if not file.exists():
         _watch(ground, seed, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lwf_lightning.data.batch import collate
 from lwf_lightning.losses import per_text_loss
 from lwf_lightning.study.overlay import looked_up
 from lwf_lightning.study.perform import read_curves
+from lwf_lightning.study.questions import ascent
 from lwf_lightning.study.questions.ascent import SETS, arms, told
 from lwf_lightning.study.questions.watch import WatchUnlearning, write_watched
 
@@ -68,6 +70,25 @@ def test_arms_differ_in_what_their_names_say() -> None:
     assert looked_up(found["fine-tuning alone"], "model.schedule") == "never"
     bare = {**CONFIG, "trainer": {"callbacks": CONFIG["trainer"]["callbacks"][:1]}}
     assert len(arms(bare, 0.1)["LWF"]["trainer"]["callbacks"]) == 2
+
+
+def test_another_configuration_or_seed_is_run_by_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used: list[Path] = []
+    monkeypatch.setattr(ascent, "_watch", lambda *_: None)
+    monkeypatch.setattr(ascent, "_curves", lambda name, config, folder: used.append(folder))
+    monkeypatch.setattr(ascent, "told", len)
+
+    def folder_of(rate: float, seed: int) -> Path:
+        config = {**CONFIG, "model": {"init_args": {"learning_rate": rate}}}
+        module = SimpleNamespace(hparams={"unlearning_scale": 0.1})
+        ascent.answer(SimpleNamespace(config=config, module=module), seed, tmp_path)  # type: ignore[arg-type]
+        return used[-1].parent
+
+    first = folder_of(0.1, 0)
+    assert first == folder_of(0.1, 0)
+    assert len({first, folder_of(0.2, 0), folder_of(0.1, 1)}) == 3
 
 
 def test_the_answer_goes_from_first_to_last() -> None:
