@@ -128,13 +128,14 @@ def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
     """The records of the runs that the study has now, with their stage, cells and setting in it.
 
     What else is recorded, such as a setting that tuning no longer chooses or a seed that was
-    dropped, is left out.
+    dropped, is left out; so is a trial that diverged, were it to be compared.
     """
     by_run = {record["run"]: record for record in records}
     return [
         {**record, "stage": run.stage, "cells": list(run.cells), "setting": dict(run.setting)}
         for run in [*tuning_runs(study), *comparison_runs(study, by_run.values())]
         if (record := by_run.get(run.identity)) is not None
+        and not (run.stage == "comparison" and "diverged" in record)
     ]
 
 
@@ -143,7 +144,8 @@ def best_setting(
 ) -> dict[str, Any] | None:
     """The setting with the best mean validation figure; the first one of equals.
 
-    The figure is the last one that the trial's curve holds; NaN counts as the worst there is.
+    The figure is the last one that the trial's curve holds; NaN counts as the worst there is, and
+    so does a trial that diverged.
 
     Returns:
         None as long as a trial has no record.
@@ -168,6 +170,8 @@ def best_setting(
 
 
 def _judged(trial: Record, figure: str) -> float:
+    if "diverged" in trial:
+        return -math.inf
     curves = trial["curves"]
     if figure not in curves:
         raise ValueError(

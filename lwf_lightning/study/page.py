@@ -35,6 +35,7 @@ def write_page(
     study: Study,
     lines: Sequence[Line],
     records: Sequence[Record],
+    missing: Sequence[str],
     pictures: Mapping[str, Path],
     path: Path,
 ) -> None:
@@ -44,6 +45,7 @@ def write_page(
         study: The study.
         lines: Its summary.
         records: All its records, for commands and versions.
+        missing: What it lacks, in words.
         pictures: Title -> PNG file; each is put into the page.
         path: The HTML file.
     """
@@ -56,6 +58,7 @@ def write_page(
         "study, without the ceiling. The share of the gap has a bootstrap interval over seeds "
         "if the gap's own interval lies above 0. Time and memory are multiples of the baseline's "
         "medians, over runs that were not resumed.</p>",
+        *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]
     if MAP in pictures:
         body.append(f"<h2>{MAP}</h2>" + _picture(MAP, pictures[MAP]))
@@ -109,7 +112,7 @@ def _commands(records: Sequence[Record]) -> str:
         (
             r["method"],
             str(r["seed"]),
-            r["stage"],
+            r["stage"] + (", diverged" if "diverged" in r else ""),
             f"{r['seconds']:.0f} s" + (" (since it was resumed)" if r.get("resumed") else ""),
             r["command"],
         )

@@ -47,13 +47,18 @@ class Line:
 
 
 def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
-    """One line per cell and method that has runs, in the order of the study."""
+    """One line per cell and method that has runs, in the order of the study.
+
+    Raises:
+        ValueError: If a run has no such figure; names ``figure`` and those that there are.
+    """
     compared = [record for record in records if record["stage"] == "comparison"]
     found: list[tuple[str, str, Gain, list[Record], list[Record]]] = []
     for cell in study.cells:
         runs = {m: _runs_of(compared, cell, m) for m in study.methods}
         figures = {
-            m: {r["seed"]: r["figures"][study.figure] for r in own} for m, own in runs.items()
+            m: {r["seed"]: _compared_figure(r, study.figure) for r in own}
+            for m, own in runs.items()
         }
         ceiling = figures[study.ceiling] if study.ceiling else None
         for method in study.methods:
@@ -81,6 +86,13 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             found, adjusted_p_values(tested), strict=True
         )
     ]
+
+
+def _compared_figure(record: Record, name: str) -> float:
+    figures = record["figures"]
+    if name not in figures:
+        raise ValueError(f"figure: {record['run']} has no {name}, only {', '.join(figures)}")
+    return float(figures[name])
 
 
 def _runs_of(records: Sequence[Record], cell: str, method: str) -> list[Record]:

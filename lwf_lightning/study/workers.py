@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from lwf_lightning.cli_errors import one_line
 from lwf_lightning.files import locked
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
@@ -45,7 +46,8 @@ def perform_once(study: Study, run: Run) -> str:
     What the run prints goes to ``output.txt`` in its folder.
 
     Returns:
-        ``done``, ``recorded``, ``taken``, or what went wrong.
+        ``done``, ``diverged`` (of a trial, recorded too), ``recorded``, ``taken``, or what went
+        wrong.
     """
     output = _output_file(study, run)
     with locked(output.with_name("claim.lock"), wait=False) as held:
@@ -55,11 +57,21 @@ def perform_once(study: Study, run: Run) -> str:
             return "recorded"
         with _output_to(output):
             try:
-                append_record(results_file(study), perform(study, run))
+                record = perform(study, run)
+                append_record(results_file(study), record)
             except (Exception, SystemExit) as error:  # one failed run must not end the study
                 traceback.print_exc()
-                return f"failed: {type(error).__name__}: {error} (see {output})"
-        return "done"
+                return f"failed: {_cause(error)} (see {output})"
+        return "diverged" if "diverged" in record else "done"
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong; the command line has turned its errors into a line and an exit."""
+    if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+        return "ended by SIGTERM; started again it goes on from its checkpoint"
+    if isinstance(error, SystemExit) and error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {one_line(str(error))}"
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def test_every_panel_holds_the_gains_of_its_cells_in_order(tmp_path: Path) -> No
     study = make(tmp_path)
     records = [
         {
-            "stage": "comparison", "cells": [cell], "method": method, "seed": seed, "setting": {},
+            "run": f"{method}-{seed}-{cell}", "stage": "comparison", "cells": [cell],
+            "method": method, "seed": seed, "setting": {},
             "curves": {}, "seconds": 1.0, "peak_memory": 1,
             "figures": {"test/accuracy": 0.5 + 0.1 * seed + gain * (0.95 + 0.1 * seed)},
         }

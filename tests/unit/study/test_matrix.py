@@ -173,6 +173,18 @@ def test_a_trial_that_diverged_is_not_chosen(base: str, order: list[int]) -> Non
     assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
 
 
+def test_a_recorded_divergence_is_the_worst_and_keeps_no_method_waiting(base: str) -> None:
+    methods = {"vanilla": Method(space={"model.lr": [1, 2]})}
+    study = make(base, methods=methods, tuning=Tuning(seeds=[7]))
+    records = [
+        trial(run, 0.1)
+        if run.setting["model.lr"] == 2
+        else {"run": run.identity, "curves": {}, "diverged": "NaN"}
+        for run in tuning_runs(study)
+    ]
+    assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -29,7 +29,8 @@ def make(**options: Any) -> Study:
 def records() -> list[dict[str, Any]]:
     return [
         {
-            "stage": "comparison", "cells": ["a"], "method": method, "seed": seed, "setting": {},
+            "run": f"{method}-{seed}", "stage": "comparison", "cells": ["a"], "method": method,
+            "seed": seed, "setting": {},
             "figures": {"test/accuracy": figure}, "curves": {}, "seconds": 1.0, "peak_memory": 1,
         }
         for method, figures in FIGURES.items()
@@ -49,6 +50,12 @@ def test_p_is_adjusted_for_the_methods_and_the_ceiling_is_none_of_them() -> None
     shown = dict(zip(HEADINGS, cells_of(study, lines["twin"]), strict=True))
     assert shown["p, adjusted"] == ""
     assert shown["gain, points [95 % interval]"].startswith("+41.0 [")
+
+
+def test_a_figure_that_was_not_measured_is_answered_with_those_that_were() -> None:
+    message = "figure: vanilla-0 has no test/acuracy, only test/accuracy"
+    with pytest.raises(ValueError, match=message):
+        summarize(make(figure="test/acuracy"), records())
 
 
 def test_time_and_memory_are_those_of_runs_that_were_not_interrupted() -> None:
