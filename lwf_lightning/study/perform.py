@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         "validation": curves[chosen_by][1][-1],
         "curves": curves,
         **found_figures(study, log),
+        "planted": None if study.planted is None else asdict(study.planted),
         "resumed": resumed,
         "seconds": seconds,
         "peak_memory": peak_memory(),

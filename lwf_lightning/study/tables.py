@@ -61,14 +61,14 @@ def tables(study: Study, lines: Sequence[Line]) -> list[Table]:
         study: The study.
         lines: The lines of the cell.
     """
+    others = [_forgetting(study, lines)]
+    if study.planted is not None:
+        others.insert(0, _found(study, study.planted.value, lines))
     rows = [cells_of(study, line) for line in lines]
-    return [
-        Table("", HEADINGS, rows),
-        *(table for table in (_found(study, lines), _forgetting(study, lines)) if table.rows),
-    ]
+    return [Table("", HEADINGS, rows), *(table for table in others if table.rows)]
 
 
-def _found(study: Study, lines: Sequence[Line]) -> Table:
+def _found(study: Study, sought: str, lines: Sequence[Line]) -> Table:
     rows = [
         (
             study.label(line.method),
@@ -77,7 +77,6 @@ def _found(study: Study, lines: Sequence[Line]) -> Table:
         for line in lines
         if line.found
     ]
-    sought = "" if study.planted is None else study.planted.value
     headings = ("method", "area under the ROC curve of confidence", "precision of the chosen texts")
     return Table(f"what was found of the {sought} texts, mean over seeds", headings, rows)
 
