@@ -42,7 +42,8 @@ class Tuning:
     Attributes:
         trials: Settings tried per method; drawn without repeats from its space.
         seeds: Seeds of each trial; none of them is a seed of the study itself.
-        figure: The figure to maximize, averaged over the seeds: that of a run's last validation.
+        figure: The figure to choose by, averaged over the seeds: that of a run's last validation.
+            The highest is the best, of a loss the lowest.
     """
 
     trials: int = 8
@@ -79,7 +80,7 @@ class Study:
         ceiling: Method that could not be held back, such as a clean twin; None if there is none.
         common_space: What tuning may choose for every method: path -> values.
         tuning: None takes every method as it is written.
-        figure: The figure that is compared, measured on the test split.
+        figure: The figure that is compared, measured on the test split; of a loss less is better.
         map: What varies between cells, as an axis says it -> cell -> its value: the panels of one
             figure of gains. None are needed, and cells may stand in several.
         planted: What is known of the forgetting prompts; None if nothing is.

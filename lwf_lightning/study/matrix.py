@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, Literal, TypeAlias
 
 from lwf_lightning.study.config import Method, Study
+from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.overlay import looked_up, overlaid
 
 Stage: TypeAlias = Literal["tuning", "comparison"]
@@ -142,7 +143,7 @@ def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
 def best_setting(
     study: Study, method: str, cell: str, by_run: Mapping[str, Record]
 ) -> dict[str, Any] | None:
-    """The setting with the best mean validation figure; the first one of equals.
+    """The setting with the best mean validation figure, of a loss the lowest; the first of equals.
 
     The figure is the last one that the trial's curve holds; NaN counts as the worst there is, and
     so does a trial that diverged.
@@ -177,7 +178,7 @@ def _judged(trial: Record, figure: str) -> float:
         raise ValueError(
             f"tuning.figure: trial {trial['run']} has no {figure}, only {', '.join(curves)}"
         )
-    value = float(curves[figure][1][-1])
+    value = measure_of(figure).sign * float(curves[figure][1][-1])
     return -math.inf if math.isnan(value) else value
 
 

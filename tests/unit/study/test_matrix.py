@@ -162,6 +162,16 @@ def test_tuning_chooses_by_the_figure_that_is_asked_for_now(base: str) -> None:
         comparison_runs(other, records)
 
 
+def test_of_a_loss_the_lowest_is_chosen(base: str) -> None:
+    methods = {"vanilla": Method(space={"model.lr": [1, 2, 3]})}
+    study = make(base, methods=methods, tuning=Tuning(seeds=[7], figure="val/loss"))
+    losses = {1: 0.5, 2: 0.3, 3: math.nan}
+    records = [
+        trial(run, 0.5, loss=[0.0, losses[run.setting["model.lr"]]]) for run in tuning_runs(study)
+    ]
+    assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
+
+
 @pytest.mark.parametrize("order", [[1, 2], [2, 1]])
 def test_a_trial_that_diverged_is_not_chosen(base: str, order: list[int]) -> None:
     methods = {"vanilla": Method(space={"model.lr": order})}
