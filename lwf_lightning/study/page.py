@@ -57,10 +57,11 @@ def write_page(
         f'<p class="note">{html.escape(_provenance(study, records))}</p>',
         f"<p>Gains are differences to the baseline, seed by seed, in {measure.unit} of "
         f"<code>{html.escape(study.figure)}</code>{less}, with 95&nbsp;% intervals of Student's "
-        "t; p is of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons of the "
-        "study, without the ceiling. The share of the gap has a bootstrap interval over seeds "
-        "if the gap's own interval lies above 0. Time and memory are multiples of the baseline's "
-        "medians, over runs that were not resumed.</p>",
+        "t; p is of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons "
+        "of the study, without the ceiling, each counted once where cells share its runs. The "
+        "share of the gap has a bootstrap interval over seeds if the gap's own interval lies above "
+        "0. Time and memory are multiples of the baseline's medians, over runs that were not "
+        "resumed.</p>",
         *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]
     if MAP in pictures:

@@ -52,6 +52,22 @@ def test_every_panel_holds_the_gains_of_its_cells_in_order(tmp_path: Path) -> No
     assert gain_map(make(tmp_path, {}), summarize(study, records)) is None
 
 
+def test_a_gain_that_is_the_same_with_every_seed_has_no_bar(tmp_path: Path) -> None:
+    study = make(tmp_path)
+    records = [
+        {
+            "run": f"{method}-{seed}", "stage": "comparison", "cells": ["a"], "method": method,
+            "seed": seed, "setting": {}, "curves": {}, "seconds": 1.0, "peak_memory": 1,
+            "figures": {"test/accuracy": figure},
+        }
+        for method, figure in (("vanilla", 0.6), ("lwf", 0.9))  # 0.9 - 0.6 is no 0.3
+        for seed in (0, 1)
+    ]  # fmt: skip
+    lines = summarize(study, records)
+    assert gain_map(study, lines) is not None
+    assert (lines[1].gain.low, lines[1].gain.high) == (0.3, 0.3)
+
+
 def _means(axes: Any) -> dict[str, list[float]]:
     return {
         container.get_label(): [round(float(gain), 6) for gain in container[0].get_ydata()]

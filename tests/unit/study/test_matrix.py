@@ -83,6 +83,27 @@ def test_a_path_leads_through_arguments_and_lists_of_classes() -> None:
     assert "schedule" not in BASE["model"]["init_args"]  # the base is untouched
 
 
+def test_a_class_is_added_to_a_list_or_takes_the_place_of_its_like() -> None:
+    added = {"class_path": "lwf_lightning.callbacks.ValidateFirst"}
+    changed = overlaid(BASE, {"trainer.callbacks": added})["trainer"]["callbacks"]
+    assert changed == [*BASE["trainer"]["callbacks"], added]
+    fisher = {"class_path": "lwf_lightning.FisherCallback", "init_args": {"seed": 1}}
+    again = overlaid({"trainer": {"callbacks": changed}}, {"trainer.callbacks": fisher})
+    assert again["trainer"]["callbacks"] == [fisher, added]
+    assert overlaid(BASE, {"trainer.callbacks": [added]})["trainer"]["callbacks"] == [added]
+
+
+def test_a_class_may_be_written_as_its_name_alone() -> None:
+    plain = {"trainer": {"callbacks": ["a.Guard", "b.Other"]}}
+    changed = overlaid(plain, {"trainer.callbacks.Guard.seed": 1})
+    assert changed["trainer"]["callbacks"] == [
+        {"class_path": "a.Guard", "init_args": {"seed": 1}},
+        "b.Other",
+    ]
+    with pytest.raises(ValueError, match=r"holds no Fisher, only a\.Guard, b\.Other"):
+        overlaid(plain, {"trainer.callbacks.Fisher.seed": 1})
+
+
 def test_a_path_to_nowhere_names_itself() -> None:
     with pytest.raises(ValueError, match=r"trainer\.callbacks\.Guard\.x: the list holds no Guard"):
         overlaid(BASE, {"trainer.callbacks.Guard.x": 1})
