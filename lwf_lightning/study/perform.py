@@ -132,8 +132,8 @@ def write_config(study: Study, run: Run) -> Path:
     folder = study.folder / "runs" / run.identity
     file = folder / "run.yaml"
     config = overlaid(run.config, {"trainer.default_root_dir": str(folder)})
-    for callback in looked_up(config, "trainer.callbacks") or []:
-        if isinstance(callback, dict) and callback["class_path"].endswith(".FisherCallback"):
+    with suppress(ValueError):  # where there is none
+        if callback := looked_up(config, "trainer.callbacks.FisherCallback"):
             _share(study, callback.setdefault("init_args", {}))
     with whole_file(file) as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
