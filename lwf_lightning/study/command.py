@@ -16,10 +16,11 @@ from rich.progress import (
     track,
 )
 
-from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
+from lwf_lightning.cli_errors import clear_errors
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
+from lwf_lightning.study.file import StudyParser
 from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs
 from lwf_lightning.study.missing import missing_runs, what_is_missing
 from lwf_lightning.study.page import write_page
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Arguments instead of those of the command line, without ``study``.
     """
-    parser = OneLineErrorParser(
+    parser = StudyParser(
         prog="cli.py study",
         description="Compare methods over tasks and seeds: performs the runs that have no result "
         "yet, then writes results.jsonl, tables, figures and one HTML page.",

@@ -211,7 +211,11 @@ def run_config(
     setting: Mapping[str, Any],
     cells: Sequence[str],
 ) -> dict[str, Any]:
-    """The whole configuration of a run; its folder is named by what runs it."""
+    """The whole configuration of a run; its folder is named by what runs it.
+
+    Raises:
+        ValueError: If a method that is said not to use forgetting does.
+    """
     spec = study.methods[method]
     config = overlaid(study.base_config(), study.cells[cell])
     config = overlaid(config, spec.changes)
@@ -219,7 +223,20 @@ def run_config(
         tasks = _forgetting_tasks_beside(study, cell, cells)
         config = overlaid(config, {"data.forgetting_tasks": tasks})
     config = overlaid(config, setting)
+    if not spec.uses_forgetting:
+        _check_that_nothing_is_forgotten(method, config)
     return overlaid(config, {"seed_everything": seed, "data.seed": seed, "model.seed": seed})
+
+
+def _check_that_nothing_is_forgotten(method: str, config: Mapping[str, Any]) -> None:
+    schedule = looked_up(config, "model.schedule") or "the default"
+    regularizer = looked_up(config, "model.regularizer")
+    if schedule != "never" or regularizer == "ewc":  # EWC's Fisher is that of the self-knowledge
+        told = f"schedule is {schedule}" if schedule != "never" else f"regularizer is {regularizer}"
+        raise ValueError(
+            f"methods.{method}.uses_forgetting: false, but its model.{told}, so its runs depend on "
+            "the forgetting tasks: leave uses_forgetting out, or change that"
+        )
 
 
 def _forgetting_tasks_beside(study: Study, cell: str, cells: Sequence[str]) -> list[str]:

@@ -186,6 +186,7 @@ def test_values_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     config, found = tmp_path / "study.yaml", []
     methods = {"vanilla": {"changes": changes, "space": {"path": values}}}
     study = {"name": "n", "base": "b.yaml", "methods": methods, "cells": {"a": changes}}
+    study["tuning"] = {"trials": 1}
     config.write_text(yaml.safe_dump(study | {"seeds": [0]}))
     monkeypatch.setattr(command, "_act", lambda study, _: found.append(study))
     main(["--config", str(config)])

@@ -45,7 +45,7 @@ def make(base: str, **options: Any) -> Study:
         "name": "small",
         "methods": {
             "vanilla": Method({"model.schedule": "never"}, uses_forgetting=False),
-            "lwf": Method(space={"model.unlearning_scale": [0.1, 0.2]}),
+            "lwf": Method(),
         },
         "cells": {
             "a-b": {"data.forgetting_tasks": ["b"]},
@@ -225,6 +225,13 @@ def test_a_recorded_divergence_is_the_worst_and_keeps_no_method_waiting(base: st
         ({"seeds": [1, 1]}, "seeds names one twice"),
         ({"tuning": Tuning(seeds=[1, 5])}, r"tuning\.seeds and seeds share \[1\]"),
         ({"tuning": Tuning(trials=0)}, "at least one trial"),
+        ({"tuning": Tuning(seeds=[7, 7])}, r"tuning\.seeds names one twice: \[7, 7\]"),
+        ({"common_space": {"a": [1]}}, "common_space: nothing is chosen from it without tuning"),
+        ({"common_space": {"a": []}, "tuning": Tuning()}, "common_space: a has no value"),
+        (
+            {"methods": {"vanilla": Method(space={"a": [1, 2, 1]})}, "tuning": Tuning()},
+            r"methods\.vanilla\.space: a names a value twice",
+        ),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused(
@@ -232,6 +239,27 @@ def test_a_study_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(base, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, r"model\.schedule is the default"),
+        ({"model.schedule": "ahead"}, r"model\.schedule is ahead"),
+        ({"model.schedule": "never", "model.regularizer": "ewc"}, r"model\.regularizer is ewc"),
+    ],
+)
+def test_a_method_that_forgets_is_not_shared(base: str, changes: dict[str, Any], told: str) -> None:
+    methods = {"vanilla": Method(changes, uses_forgetting=False)}
+    with pytest.raises(ValueError, match=rf"methods\.vanilla\.uses_forgetting: false, .*{told}"):
+        comparison_runs(make(base, methods=methods), [])
+
+
+def test_a_broken_base_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(ValueError, match=r"(?s)^base: .*broken\.yaml"):
+        make(str(path)).base_config()
 
 
 def test_a_missing_base_names_its_flag(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lwf_lightning.study.missing import missing_runs
 from lwf_lightning.study.results import append_record, read_records
 from lwf_lightning.study.workers import results_file
 
+NEVER: dict[str, Any] = {"model.schedule": "never"}
 FORGOTTEN = "data.forgetting_tasks"
 
 
@@ -29,7 +30,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
         "base": str(base),
         "output": str(tmp_path),
         "methods": {
-            "vanilla": Method(uses_forgetting=False),
+            "vanilla": Method(NEVER, uses_forgetting=False),
             "lwf": Method(space={"model.lr": [1.0, 2.0]}),
         },
         "cells": {"a-b": {FORGOTTEN: ["b"]}, "a-c": {FORGOTTEN: ["c"]}},
@@ -143,7 +144,7 @@ def test_seeds_may_be_dropped_or_turn_from_tuning_to_comparison(given: dict[str,
     perform(Study(**given))
     study = Study(**given | {"seeds": [1]})
     assert {seed for _, seed, _ in counted(study)} == {1}
-    methods = {"vanilla": Method(uses_forgetting=False)}
+    methods = {"vanilla": Method(NEVER, uses_forgetting=False)}
     study = Study(**given | {"seeds": [7], "tuning": None, "methods": methods})
     assert missing_runs(study) == []
     assert counted(study) == [("vanilla", 7, 0.0)]
