@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="check every run's configuration, estimate hours and memory, and stop",
     )
     parser.add_argument(
-        "--flops", type=float, default=1e14, help="operations per second that --check assumes"
+        "--flops", type=float, help="operations per second that --check assumes, by default 1e14"
     )
     parser.add_argument(
         "--data_dir", help="folder of the tasks' files that --check counts, instead of the study's"
@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _act(study: Study, options: Any) -> None:
     console = Console(markup=False)  # names and labels may hold brackets
     check_counts(options.workers, options.threads)
+    for flag in ("flops", "data_dir"):
+        if not options.check and getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} is of --check alone: add it, or leave --{flag} out")
     if options.only:
         _perform_named(study, options.only, console)
         return
@@ -85,7 +88,7 @@ def _act(study: Study, options: Any) -> None:
         _tell_awaited(study, Console(stderr=True, markup=False))
         return
     if options.check:
-        _check(study, options.flops, options.data_dir, console)
+        _check(study, 1e14 if options.flops is None else options.flops, options.data_dir, console)
         return
     failed = 0
     if not options.report:

@@ -29,7 +29,8 @@ class Run:
         stage: Whether it chooses a setting or is compared.
         cells: The cells that it belongs to; several where it does not depend on what is forgotten.
         method: Key of the method.
-        seed: Seed of the order of batches and of everything drawn.
+        seed: Seed of the order of batches and of what the fit draws; a callback that has a seed of
+            its own keeps it.
         setting: What tuning chose or tries, by path.
         config: The whole configuration of the fit.
     """

@@ -125,8 +125,11 @@ def markdown(study: Study, lines: Sequence[Line]) -> str:
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    heading, *others = (
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in (headings, *rows)
+    )
+    return [heading, "|" + "---|" * len(headings), *others]
 
 
 def _p_value(value: float) -> str:

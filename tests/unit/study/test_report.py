@@ -15,6 +15,7 @@ from lwf_lightning.study.config import Method, Study, Tuning
 from lwf_lightning.study.matrix import Run, asked_for
 from lwf_lightning.study.missing import missing_runs
 from lwf_lightning.study.results import append_record, read_records
+from lwf_lightning.study.tables import markdown_table
 from lwf_lightning.study.workers import results_file
 
 NEVER: dict[str, Any] = {"model.schedule": "never"}
@@ -116,6 +117,31 @@ def test_a_report_names_what_is_missing(given: dict[str, Any]) -> None:
     for file in ("results.md", "index.html"):
         told = (study.folder / file).read_text()
         assert f"Not there yet: vanilla: the comparison lacks 1: {last.identity}" in told
+
+
+@pytest.mark.parametrize("flag", ["--flops", "--data_dir"])
+def test_what_only_check_reads_is_refused_without_it(
+    given: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(given["output"], "study.yaml")
+    file.write_text(yaml.safe_dump(given | {"tuning": None, "methods": {"vanilla": {}}}))
+    with pytest.raises(SystemExit):
+        command.main(["--config", str(file), flag, "1"])
+    assert capsys.readouterr().err.startswith(f"error: {flag} is of --check alone")
+
+
+def test_names_are_printed_as_they_are(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(given["output"], "study.yaml")
+    methods = {"vanilla": {}, "p[bold]": {}}
+    file.write_text(yaml.safe_dump(given | {"tuning": None, "methods": methods}))
+    command.main(["--config", str(file), "--list"])
+    assert "\np[bold]-0-" in capsys.readouterr().out
+
+
+def test_a_bar_in_a_label_ends_no_cell_of_a_table() -> None:
+    assert markdown_table(["p(x|y)"], [["a|b"]]) == ["| p(x\\|y) |", "|---|", "| a\\|b |"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--only"]])
