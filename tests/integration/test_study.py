@@ -105,7 +105,8 @@ def test_a_trial_that_diverges_is_recorded_once_and_a_compared_run_fails(study: 
 
 
 def test_a_misspelt_figure_fails_the_first_run_and_costs_no_fit(study: Study) -> None:
-    given = {**vars(study), "tuning": None, "cells": {"learn": {"data.evaluate_seen": False}}}
+    methods = {"vanilla": study.methods["vanilla"]}
+    given = {**vars(study), "tuning": None, "methods": methods}
     misspelt = Study(**{**given, "figure": "test/acuracy"})
     run = missing_runs(misspelt)[0]
     outcome = perform_once(misspelt, run)
