@@ -165,16 +165,16 @@ def table(study: Study, checked: Iterable[Checked], flops: float) -> list[str]:
 def summary(checked: Sequence[Checked], flops: float) -> list[str]:
     """Totals, and what they assume."""
     runs = sum(one.expected.work.hours(one.expected.parameters, flops) for one in checked)
-    # What is elicited depends on the prompts alone, so the first run to need it does it for all.
-    elicited: dict[tuple[str, ...], Work] = {}
+    # The first run to need a pool elicits it for all.
+    elicited: dict[str, Work] = {}
     for one in checked:
-        elicited.setdefault(one.expected.prompts, one.expected.elicitation)
+        elicited.setdefault(one.expected.pool, one.expected.elicitation)
     parameters = max(one.expected.parameters for one in checked)
     once = sum(work.hours(parameters, flops) for work in elicited.values())
-    sets = len([prompts for prompts in elicited if prompts])
+    pools = len([pool for pool in elicited if pool])
     return [
         f"{len(checked)} runs, every configuration accepted: {_time(runs)} of one device, and "
-        f"{_time(once)} to elicit self-knowledge from {sets} pool(s) of prompts, each once.",
+        f"{_time(once)} to elicit self-knowledge from {pools} pool(s) of prompts, each once.",
         f"Times assume {flops:.3g} FLOP/s sustained (--flops), 6 FLOP per weight and token "
         f"trained on, 2 per token only read, and {DECODING_PASSES} passes a second in generation "
         "with every answer as long as it may be; activations computed again are left out. Memory "
@@ -193,9 +193,10 @@ def _time(hours: float) -> str:
 
     Example:
         >>> _time(0.0001), _time(0.05), _time(12.34)
-        ('0.4 s', '3 min', '12.3 h')
+        ('0.36 s', '3 min', '12.3 h')
+        >>> _time(1234), _time(9.6 / 3600)
+        ('1230 h', '9.6 s')
     """
-    for unit, length in (("h", 1.0), ("min", 1 / 60)):
-        if hours >= length:
-            return f"{hours / length:.3g} {unit}"
-    return f"{3600 * hours:.1g} s" if hours < 1 / 360 else f"{3600 * hours:.0f} s"
+    longest = (one for one in (("h", 1.0), ("min", 1 / 60)) if hours >= one[1])
+    unit, length = next(longest, ("s", 1 / 3600))
+    return f"{float(f'{hours / length:.3g}'):.10g} {unit}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,23 +16,25 @@ from rich.progress import (
     track,
 )
 
-from lwf_lightning.cli_errors import OneLineErrorParser, clear_errors
+from lwf_lightning.cli_errors import clear_errors
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
-from lwf_lightning.study.matrix import (
-    Run,
-    asked_for,
-    awaited_runs,
-    comparison_runs,
-    tuning_runs,
-)
+from lwf_lightning.study.file import StudyParser
+from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs
+from lwf_lightning.study.missing import missing_runs, what_is_missing
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.planted import with_found_figures
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.summary import summarize
 from lwf_lightning.study.tables import markdown
 from lwf_lightning.study.workers import check_counts, perform_all, perform_once, results_file
+
+_IN_WORDS = {
+    "diverged": "diverged, which counts as the worst",
+    "recorded": "recorded by another process meanwhile",
+    "taken": "taken: another process is at them now; start the study again when it has ended",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Arguments instead of those of the command line, without ``study``.
     """
-    parser = OneLineErrorParser(
+    parser = StudyParser(
         prog="cli.py study",
         description="Compare methods over tasks and seeds: performs the runs that have no result "
         "yet, then writes results.jsonl, tables, figures and one HTML page.",
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="check every run's configuration, estimate hours and memory, and stop",
     )
     parser.add_argument(
-        "--flops", type=float, default=1e14, help="operations per second that --check assumes"
+        "--flops", type=float, help="operations per second that --check assumes, by default 1e14"
     )
     parser.add_argument(
         "--data_dir", help="folder of the tasks' files that --check counts, instead of the study's"
@@ -71,31 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _act(study: Study, options: Any) -> None:
-    console = Console()
+    console = Console(markup=False)  # names and labels may hold brackets
     check_counts(options.workers, options.threads)
+    for flag in ("flops", "data_dir"):
+        if not options.check and getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} is of --check alone: add it, or leave --{flag} out")
     if options.only:
         _perform_named(study, options.only, console)
         return
     if options.list:
         for run in missing_runs(study):
             console.print(f"{run.identity}  {run.stage}  {', '.join(run.cells)}", soft_wrap=True)
-        _tell_awaited(study, Console(stderr=True))  # the list alone is what a launcher reads
+        # The list alone is what a launcher reads.
+        _tell_awaited(study, Console(stderr=True, markup=False))
         return
     if options.check:
-        _check(study, options.flops, options.data_dir, console)
+        _check(study, 1e14 if options.flops is None else options.flops, options.data_dir, console)
         return
+    failed = 0
     if not options.report:
-        _perform_missing(study, options.workers, options.threads, console)
+        failed = _perform_missing(study, options.workers, options.threads, console)
     report(study, console)
-
-
-def missing_runs(study: Study) -> list[Run]:
-    """The runs without a record that can be performed now: tuning first, then what it allows."""
-    records = read_records(results_file(study))
-    known = {record["run"] for record in records}
-    runs = [*tuning_runs(study), *comparison_runs(study, records)]
-    unique = {run.identity: run for run in runs if run.identity not in known}
-    return list(unique.values())
+    if failed:
+        raise SystemExit(1)
 
 
 def report(study: Study, console: Console) -> None:
@@ -105,23 +105,34 @@ def report(study: Study, console: Console) -> None:
     if others := len(recorded) - len(records):
         console.print(f"{others} records that the study no longer asks for are left out.")
     lines = summarize(study, records)
+    missing = what_is_missing(study, recorded)
     if not lines:
-        console.print("Nothing to compare yet: no run of the comparison is recorded.")
+        console.print("\n".join([*missing, _why_nothing(study, records)]), soft_wrap=True)
         return
-    table = markdown(study, lines)
+    table = "\n".join([*(f"- Not there yet: {line}" for line in missing), markdown(study, lines)])
     with whole_file(study.folder / "results.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
     pictures = draw_all(study, lines, records)
-    write_page(study, lines, records, pictures, study.folder / "index.html")
+    write_page(study, lines, records, missing, pictures, study.folder / "index.html")
     console.print(table, soft_wrap=True)
     console.print(f"Page: {study.folder / 'index.html'}", soft_wrap=True)
 
 
-def _perform_missing(study: Study, workers: int, threads: int, console: Console) -> None:
+def _why_nothing(study: Study, records: Iterable[Record]) -> str:
+    compared = {record["method"] for record in records if record["stage"] == "comparison"}
+    if not compared:
+        return "Nothing to compare yet: no run of the comparison is recorded."
+    if study.baseline not in compared:
+        return f"Nothing to compare yet: no run of the baseline, {study.baseline}, is recorded."
+    return "Nothing to compare yet: the baseline shares no cell and seed with another method."
+
+
+def _perform_missing(study: Study, workers: int, threads: int, console: Console) -> int:
+    """Performs what is missing, tells what came of it, and returns how many runs failed."""
     outcomes: Counter[str] = Counter()
     attempted: set[str] = set()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -141,7 +152,9 @@ def _perform_missing(study: Study, workers: int, threads: int, console: Console)
 
             perform_all(study, now, workers=workers, threads=threads, told=told)
     if outcomes:
-        console.print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()))
+        told_of = (f"{count} {_IN_WORDS.get(name, name)}" for name, count in outcomes.items())
+        console.print(", ".join(told_of), soft_wrap=True)
+    return outcomes["failed"]
 
 
 def _check(study: Study, flops: float, data_dir: str | None, console: Console) -> None:
@@ -170,6 +183,9 @@ def _tell_awaited(study: Study, console: Console) -> None:
 def _perform_named(study: Study, name: str, console: Console) -> None:
     for run in missing_runs(study):
         if run.identity == name:
-            console.print(perform_once(study, run))
+            outcome = perform_once(study, run)
+            console.print(_IN_WORDS.get(outcome, outcome), soft_wrap=True)
+            if outcome.startswith("failed"):
+                raise SystemExit(1)
             return
     raise ValueError(f"--only: no missing run is named {name}; see --list")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +42,8 @@ class Tuning:
     Attributes:
         trials: Settings tried per method; drawn without repeats from its space.
         seeds: Seeds of each trial; none of them is a seed of the study itself.
-        figure: The figure to maximize, averaged over the seeds: that of a run's last validation.
+        figure: The figure to choose by, averaged over the seeds: that of a run's last validation.
+            The highest is the best, of a loss the lowest.
     """
 
     trials: int = 8
@@ -79,7 +80,7 @@ class Study:
         ceiling: Method that could not be held back, such as a clean twin; None if there is none.
         common_space: What tuning may choose for every method: path -> values.
         tuning: None takes every method as it is written.
-        figure: The figure that is compared, measured on the test split.
+        figure: The figure that is compared, measured on the test split; of a loss less is better.
         map: What varies between cells, as an axis says it -> cell -> its value: the panels of one
             figure of gains. None are needed, and cells may stand in several.
         planted: What is known of the forgetting prompts; None if nothing is.
@@ -104,8 +105,8 @@ class Study:
         """Checks what can be checked before anything is run.
 
         Raises:
-            ValueError: If a named method or file is missing, there is nothing to compare, or
-                seeds of tuning and comparison overlap.
+            ValueError: If a named method or file is missing, there is nothing to compare or to
+                choose from, or seeds of tuning and comparison overlap.
         """
         for role, key in (("baseline", self.baseline), ("ceiling", self.ceiling)):
             if key is not None and key not in self.methods:
@@ -118,7 +119,12 @@ class Study:
             raise ValueError("cells and seeds must not be empty: there would be nothing to run")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds names one twice: {self.seeds}")
+        _check_values("common_space", self.common_space, self.tuning)
+        for name, method in self.methods.items():
+            _check_values(f"methods.{name}.space", method.space, self.tuning)
         if self.tuning is not None:
+            if len(set(self.tuning.seeds)) < len(self.tuning.seeds):
+                raise ValueError(f"tuning.seeds names one twice: {self.tuning.seeds}")
             if self.tuning.trials < 1 or not self.tuning.seeds:
                 raise ValueError("tuning needs at least one trial and one seed")
             if shared := set(self.tuning.seeds) & set(self.seeds):
@@ -136,12 +142,16 @@ class Study:
         """Reads the base configuration.
 
         Raises:
-            ValueError: If the file is missing or holds no named values.
+            ValueError: If the file is missing, no YAML, or holds no named values.
         """
         path = Path(self.base)
         if not path.is_file():
             raise ValueError(f"base: {path} does not exist")
-        config = _read(path, path.stat().st_mtime_ns)
+        try:
+            config = _read(path, path.stat().st_mtime_ns)
+        except yaml.YAMLError as error:
+            told = str(error).replace('"<unicode string>"', str(path))
+            raise ValueError(f"base: {told}") from error
         if not isinstance(config, dict):
             raise ValueError(f"base: {path} holds no configuration")
         return copy.deepcopy(config)
@@ -149,6 +159,19 @@ class Study:
     def label(self, method: str) -> str:
         """The name of a method in tables and figures."""
         return self.methods[method].label or method
+
+
+def _check_values(name: str, space: Mapping[str, Sequence[Any]], tuning: Tuning | None) -> None:
+    if space and tuning is None:
+        raise ValueError(
+            f"{name}: nothing is chosen from it without tuning: give the study one, as "
+            "tuning: {trials: 8}"
+        )
+    for path, values in space.items():
+        if not values:
+            raise ValueError(f"{name}: {path} has no value to choose")
+        if len(set(map(repr, values))) < len(values):
+            raise ValueError(f"{name}: {path} names a value twice: {values}")
 
 
 def _check_places(factor: str, places: Mapping[str, float], cells: Mapping[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,6 +19,7 @@ from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.estimate import meta_model, predict
 from lwf_lightning.memory import highest
 from lwf_lightning.study.architectures import known_config
+from lwf_lightning.study.length import steps_of, validations_of
 
 if TYPE_CHECKING:
     import lightning as L
@@ -67,7 +70,8 @@ class Expected:
         steps: Learning steps.
         work: What it computes, self-generation left out.
         elicitation: Self-generation, which runs with the same prompts share through the cache.
-        prompts: The forgetting tasks that are elicited from; empty without unlearning.
+        pool: What is elicited: a mark of model, prompts and length of answers; empty without
+            unlearning.
         parameters: Weights of the model.
         memory: Bytes in the fullest phase, on one device.
         phase: That phase.
@@ -76,7 +80,7 @@ class Expected:
     steps: int
     work: Work
     elicitation: Work
-    prompts: tuple[str, ...]
+    pool: str
     parameters: int
     memory: int
     phase: str
@@ -135,7 +139,7 @@ def expected(
         steps=steps,
         work=work,
         elicitation=elicitation,
-        prompts=tuple(data.forgetting_tasks) if module.schedule.unlearns else (),
+        pool=_pool(module, data) if module.schedule.unlearns else "",
         parameters=found.size.parameters,
         memory=top.total,
         phase=top.name,
@@ -164,8 +168,7 @@ def _work(
     callbacks = settings["callbacks"] or []
     texts = [len(text) for text in data.learning_encoded]
     batches = -(-len(texts) // data.batch_size)
-    epochs = settings["max_epochs"] or 1
-    steps = settings["max_steps"] if settings["max_steps"] > 0 else epochs * batches
+    steps = steps_of(settings, batches)
     trained = steps * data.batch_size * fmean(texts)
     elicitation = Work()
     if module.schedule.unlearns:
@@ -191,8 +194,7 @@ def _work(
                     refreshes, probed = (steps - 1) // callback.refresh_interval, 0
                 scored = sum(prompts) + answers * len(prompts)
                 trained += (probed + refreshes * drawn) * fmean(texts) + refreshes * scored
-    interval = settings["val_check_interval"]
-    validations = steps // interval if isinstance(interval, int) else epochs
+    validations = validations_of(settings, batches, steps)
     validations += any(isinstance(callback, ValidateFirst) for callback in callbacks)
     data.setup("test")
     validation = _evaluation(data, ("validation", "seen"))
@@ -203,6 +205,12 @@ def _work(
         decoded=validations * validation.decoded + test.decoded,
     )
     return steps, work, elicitation
+
+
+def _pool(module: LWFModule, data: LWFDataModule) -> str:
+    prompts = [example.prompt for _, example in data.forgetting_examples]
+    told = json.dumps([module.hparams["model_name"], prompts, data.max_new_tokens])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _evaluation(data: LWFDataModule, splits: Sequence[str]) -> Work:

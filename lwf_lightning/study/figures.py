@@ -14,6 +14,7 @@ from lwf_lightning.forgetting.planted import last_scores
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.planted import log_folder
 from lwf_lightning.study.summary import Line
 
@@ -63,25 +64,28 @@ TITLES = {
 def gains(study: Study, lines: Sequence[Line]) -> Figure | None:
     """A dot and a 95 % interval per method, best first."""
     shown = sorted(
-        (line for line in lines if line.method != study.baseline), key=lambda line: line.gain.gain
+        (line for line in lines if line.method != study.baseline),
+        key=lambda line: -math.inf if math.isnan(line.gain.gain) else line.gain.gain,
     )
     if not shown:
         return None
     figure = _figure(8, 0.9 + 0.32 * len(shown))
     axes = figure.subplots()
+    measure = measure_of(study.figure)
+    factor = measure.factor
     for place, line in enumerate(shown):
         gain = line.gain
         colour = BLUE if line.method == study.ceiling else RED
         if not math.isnan(gain.low):
-            axes.plot([100 * gain.low, 100 * gain.high], [place, place], color=colour, lw=2)
-        axes.plot(100 * gain.gain, place, "o", color=colour)
+            axes.plot([factor * gain.low, factor * gain.high], [place, place], color=colour, lw=2)
+        axes.plot(factor * gain.gain, place, "o", color=colour)
     axes.axvline(0, color=GREY, lw=1, ls="--")
     axes.set_yticks(range(len(shown)), [study.label(line.method) for line in shown])
     axes.set_ylim(-0.6, len(shown) - 0.4)
     seeds = sorted({line.gain.seeds for line in shown})
     told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     axes.set_xlabel(
-        f"{study.figure} minus {study.label(study.baseline)}, points "
+        f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit} "
         f"(mean and 95 % interval, {told} seeds)"
     )
     axes.grid(axis="x", alpha=0.3)
@@ -118,7 +122,8 @@ def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.supxlabel("learning step", fontsize=9)
-    figure.supylabel(f"{figure_name}, mean and range over seeds", fontsize=9)
+    less = "" if measure_of(figure_name).sign > 0 else " (lower is better)"
+    figure.supylabel(f"{figure_name}{less}, mean and range over seeds", fontsize=9)
     return figure
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.summary import Line
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def gain_map(study: Study, lines: Sequence[Line]) -> Figure | None:
-    """A panel per factor of the study's map: each method's gain in points against the factor.
+    """A panel per factor of the study's map: each method's gain against the factor.
 
     Bars are 95 % intervals over seeds; values of a factor stand side by side, evenly spaced.
     """
@@ -43,8 +44,10 @@ def gain_map(study: Study, lines: Sequence[Line]) -> Figure | None:
     figure.legend(
         handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8
     )
+    measure = measure_of(study.figure)
     figure.supylabel(
-        f"{study.figure} minus {study.label(study.baseline)}, points (mean and 95 % interval)",
+        f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit} "
+        "(mean and 95 % interval)",
         fontsize=9,
     )
     return figure
@@ -57,6 +60,7 @@ def _panel(
     places: Mapping[str, float],
     gains: Mapping[tuple[str, str], Line],
 ) -> None:
+    factor = measure_of(study.figure).factor
     cells = sorted(places, key=lambda cell: places[cell])
     for number, method in enumerate(methods):
         shown = [(x, gains[method, cell].gain) for x, cell in enumerate(cells)
@@ -64,10 +68,10 @@ def _panel(
         aside = 0.1 * (number - (len(methods) - 1) / 2)  # or bars would hide one another
         axes.errorbar(
             [x + aside for x, _ in shown],
-            [100 * gain.gain for _, gain in shown],
+            [factor * gain.gain for _, gain in shown],
             yerr=[
-                [100 * (gain.gain - gain.low) for _, gain in shown],
-                [100 * (gain.high - gain.gain) for _, gain in shown],
+                [factor * (gain.gain - gain.low) for _, gain in shown],
+                [factor * (gain.high - gain.gain) for _, gain in shown],
             ],
             marker="o",
             markersize=4,

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any, Literal, TypeAlias
 
 from lwf_lightning.study.config import Method, Study
+from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.overlay import looked_up, overlaid
 
 Stage: TypeAlias = Literal["tuning", "comparison"]
@@ -28,7 +29,8 @@ class Run:
         stage: Whether it chooses a setting or is compared.
         cells: The cells that it belongs to; several where it does not depend on what is forgotten.
         method: Key of the method.
-        seed: Seed of the order of batches and of everything drawn.
+        seed: Seed of the order of batches and of what the fit draws; a callback that has a seed of
+            its own keeps it.
         setting: What tuning chose or tries, by path.
         config: The whole configuration of the fit.
     """
@@ -128,22 +130,24 @@ def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
     """The records of the runs that the study has now, with their stage, cells and setting in it.
 
     What else is recorded, such as a setting that tuning no longer chooses or a seed that was
-    dropped, is left out.
+    dropped, is left out; so is a trial that diverged, were it to be compared.
     """
     by_run = {record["run"]: record for record in records}
     return [
         {**record, "stage": run.stage, "cells": list(run.cells), "setting": dict(run.setting)}
         for run in [*tuning_runs(study), *comparison_runs(study, by_run.values())]
         if (record := by_run.get(run.identity)) is not None
+        and not (run.stage == "comparison" and "diverged" in record)
     ]
 
 
 def best_setting(
     study: Study, method: str, cell: str, by_run: Mapping[str, Record]
 ) -> dict[str, Any] | None:
-    """The setting with the best mean validation figure; the first one of equals.
+    """The setting with the best mean validation figure, of a loss the lowest; the first of equals.
 
-    The figure is the last one that the trial's curve holds; NaN counts as the worst there is.
+    The figure is the last one that the trial's curve holds; NaN counts as the worst there is, and
+    so does a trial that diverged.
 
     Returns:
         None as long as a trial has no record.
@@ -168,12 +172,14 @@ def best_setting(
 
 
 def _judged(trial: Record, figure: str) -> float:
+    if "diverged" in trial:
+        return -math.inf
     curves = trial["curves"]
     if figure not in curves:
         raise ValueError(
             f"tuning.figure: trial {trial['run']} has no {figure}, only {', '.join(curves)}"
         )
-    value = float(curves[figure][1][-1])
+    value = measure_of(figure).sign * float(curves[figure][1][-1])
     return -math.inf if math.isnan(value) else value
 
 
@@ -206,7 +212,11 @@ def run_config(
     setting: Mapping[str, Any],
     cells: Sequence[str],
 ) -> dict[str, Any]:
-    """The whole configuration of a run; its folder is named by what runs it."""
+    """The whole configuration of a run; its folder is named by what runs it.
+
+    Raises:
+        ValueError: If a method that is said not to use forgetting does.
+    """
     spec = study.methods[method]
     config = overlaid(study.base_config(), study.cells[cell])
     config = overlaid(config, spec.changes)
@@ -214,7 +224,20 @@ def run_config(
         tasks = _forgetting_tasks_beside(study, cell, cells)
         config = overlaid(config, {"data.forgetting_tasks": tasks})
     config = overlaid(config, setting)
+    if not spec.uses_forgetting:
+        _check_that_nothing_is_forgotten(method, config)
     return overlaid(config, {"seed_everything": seed, "data.seed": seed, "model.seed": seed})
+
+
+def _check_that_nothing_is_forgotten(method: str, config: Mapping[str, Any]) -> None:
+    schedule = looked_up(config, "model.schedule") or "the default"
+    regularizer = looked_up(config, "model.regularizer")
+    if schedule != "never" or regularizer == "ewc":  # EWC's Fisher is that of the self-knowledge
+        told = f"schedule is {schedule}" if schedule != "never" else f"regularizer is {regularizer}"
+        raise ValueError(
+            f"methods.{method}.uses_forgetting: false, but its model.{told}, so its runs depend on "
+            "the forgetting tasks: leave uses_forgetting out, or change that"
+        )
 
 
 def _forgetting_tasks_beside(study: Study, cell: str, cells: Sequence[str]) -> list[str]:

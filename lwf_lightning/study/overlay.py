@@ -13,7 +13,8 @@ def overlaid(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     A path is a dotted name. It leads through ``init_args`` by itself, and where a list of classes
     stands, its next part is the name of a class in that list: ``model.schedule``,
     ``trainer.callbacks.FisherCallback.strategy``. A class that the list lacks is added by
-    its whole path: ``trainer.callbacks`` with a mapping of ``class_path``.
+    its whole path: ``trainer.callbacks`` with a mapping of ``class_path``; one that it holds is
+    replaced so.
 
     Args:
         config: A configuration of the command line, as its YAML file holds it.
@@ -36,8 +37,23 @@ def overlaid(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         node = _arguments(node)
         if not isinstance(node, dict):
             raise ValueError(f"{path}: {way[-1]} holds no named values")
-        node[last] = copy.deepcopy(value)
+        node[last] = _with_class(node.get(last), copy.deepcopy(value))
     return changed
+
+
+def _with_class(present: Any, value: Any) -> Any:
+    """The new value of what is present: a class does not replace a list, but joins it."""
+    if not (isinstance(present, list) and isinstance(value, Mapping) and "class_path" in value):
+        return value
+    for place, item in enumerate(present):
+        if _class_path(item) == value["class_path"]:
+            return [*present[:place], value, *present[place + 1 :]]
+    return [*present, value]
+
+
+def _class_path(item: Any) -> str:
+    """The class of an item of a list; without arguments it may be written as a name."""
+    return str(item.get("class_path", "") if isinstance(item, Mapping) else item)
 
 
 def looked_up(config: Mapping[str, Any], path: str) -> Any:
@@ -73,10 +89,12 @@ def _arguments(node: Any) -> Any:
 
 
 def _in_list(items: list[Any], name: str, path: str) -> Any:
-    for item in items:
-        if isinstance(item, dict) and str(item.get("class_path", "")).split(".")[-1] == name:
-            return item
+    for place, item in enumerate(items):
+        if _class_path(item).split(".")[-1] == name:
+            if isinstance(item, str):
+                items[place] = {"class_path": item}
+            return items[place]
     raise ValueError(
         f"{path}: the list holds no {name}, only "
-        + (", ".join(str(item.get("class_path")) for item in items) or "nothing")
+        + (", ".join(_class_path(item) for item in items) or "nothing")
     )

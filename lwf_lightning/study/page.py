@@ -11,6 +11,7 @@ from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import MAP
 from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.summary import Line
 from lwf_lightning.study.tables import tables
 
@@ -35,6 +36,7 @@ def write_page(
     study: Study,
     lines: Sequence[Line],
     records: Sequence[Record],
+    missing: Sequence[str],
     pictures: Mapping[str, Path],
     path: Path,
 ) -> None:
@@ -44,18 +46,23 @@ def write_page(
         study: The study.
         lines: Its summary.
         records: All its records, for commands and versions.
+        missing: What it lacks, in words.
         pictures: Title -> PNG file; each is put into the page.
         path: The HTML file.
     """
+    measure = measure_of(study.figure)
+    less = "" if measure.sign > 0 else ", of which less is better: how far a method is below it"
     body = [
         f"<h1>Study: {html.escape(study.name)}</h1>",
         f'<p class="note">{html.escape(_provenance(study, records))}</p>',
-        "<p>Gains are differences to the baseline, seed by seed, in points of "
-        f"<code>{html.escape(study.figure)}</code>, with 95&nbsp;% intervals of Student's t; p is "
-        "of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons of the "
-        "study, without the ceiling. The share of the gap has a bootstrap interval over seeds "
-        "if the gap's own interval lies above 0. Time and memory are multiples of the baseline's "
-        "medians, over runs that were not resumed.</p>",
+        f"<p>Gains are differences to the baseline, seed by seed, in {measure.unit} of "
+        f"<code>{html.escape(study.figure)}</code>{less}, with 95&nbsp;% intervals of Student's "
+        "t; p is of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons "
+        "of the study, without the ceiling, each counted once where cells share its runs. The "
+        "share of the gap has a bootstrap interval over seeds if the gap's own interval lies above "
+        "0. Time and memory are multiples of the baseline's medians, over runs that were not "
+        "resumed.</p>",
+        *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]
     if MAP in pictures:
         body.append(f"<h2>{MAP}</h2>" + _picture(MAP, pictures[MAP]))
@@ -109,7 +116,7 @@ def _commands(records: Sequence[Record]) -> str:
         (
             r["method"],
             str(r["seed"]),
-            r["stage"],
+            r["stage"] + (", diverged" if "diverged" in r else ""),
             f"{r['seconds']:.0f} s" + (" (since it was resumed)" if r.get("resumed") else ""),
             r["command"],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import platform
 import re
 import resource
@@ -12,12 +13,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
@@ -40,29 +43,75 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         The record: what was run and how, figures of the test split, curves of the validation
         split, ``area`` and ``precision`` where knowledge was planted, whether the fit went on from
         a checkpoint, and of this process the seconds of the fit and the most memory that it held
-        during the run, in bytes: of a resumed run those of its last part alone.
+        during the run, in bytes: of a resumed run those of its last part alone. A trial that
+        diverged has neither figures nor curves, but ``diverged``, and NaN to be chosen by.
 
     Raises:
-        ValueError: If the fit logged no validation figure to choose by.
+        ValueError: If the fit logged no validation figure to choose by, or the test not the figure
+            that is compared.
     """
     from lwf_lightning.cli import main as command_line
 
-    folder = study.folder / "runs" / run.identity
     file = write_config(study, run)
     forget_peak_memory()
     start = time.perf_counter()
-    cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
+    try:
+        cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
+    except SystemExit as stop:
+        if run.stage == "tuning" and isinstance(stop.__context__, NonFiniteLossError):
+            return _diverged(study, run, file, stop.__context__, time.perf_counter() - start)
+        raise
     seconds = time.perf_counter() - start
     resumed = cli.trainer.ckpt_path is not None  # asked before the test, which takes none
     cli.datamodule.evaluate_forgetting = False  # the fit's validation has told of those
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    metrics = cli.trainer.callback_metrics.items()
+    figures = {name: float(value) for name, value in metrics if name.startswith("test/")}
     log = Path(str(cli.trainer.log_dir))
     curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy", "forget/seen_accuracy"))
     chosen_by = study.tuning.figure if study.tuning else "val/accuracy"
     if chosen_by not in curves:
         raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
+    if study.figure not in figures:
+        raise ValueError(
+            f"figure: the test of {run.identity} measured no {study.figure}, only "
+            + ", ".join(sorted(figures))
+        )
     shutil.rmtree(log / "checkpoints", ignore_errors=True)
+    return {
+        **_described(study, run, file),
+        "log": str(log),
+        "figures": figures,
+        "validation": curves[chosen_by][1][-1],
+        "curves": curves,
+        **found_figures(study, log),
+        "planted": None if study.planted is None else asdict(study.planted),
+        "resumed": resumed,
+        "seconds": seconds,
+        "peak_memory": peak_memory(),
+    }
+
+
+def _diverged(
+    study: Study, run: Run, file: Path, error: BaseException, seconds: float
+) -> dict[str, Any]:
+    """The record of a trial that diverged: it would do so again."""
+    for checkpoints in file.parent.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return {
+        **_described(study, run, file),
+        "log": str(file.parent),
+        "figures": {},
+        "validation": math.nan,
+        "curves": {},
+        "diverged": str(error),
+        "seconds": seconds,
+        "peak_memory": peak_memory(),
+    }
+
+
+def _described(study: Study, run: Run, file: Path) -> dict[str, Any]:
+    """What was run, and with what."""
     return {
         "run": run.identity,
         "study": study.name,
@@ -72,17 +121,9 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "setting": dict(run.setting),
         "command": shlex.join(["python", "cli.py", "fit", "--config", str(file)]),
-        "folder": str(folder),
-        "log": str(log),
+        "folder": str(file.parent),
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
-        "figures": {name: value for name, value in figures.items() if name.startswith("test/")},
-        "validation": curves[chosen_by][1][-1],
-        "curves": curves,
-        **found_figures(study, log),
-        "resumed": resumed,
-        "seconds": seconds,
-        "peak_memory": peak_memory(),
     }
 
 
@@ -91,8 +132,8 @@ def write_config(study: Study, run: Run) -> Path:
     folder = study.folder / "runs" / run.identity
     file = folder / "run.yaml"
     config = overlaid(run.config, {"trainer.default_root_dir": str(folder)})
-    for callback in looked_up(config, "trainer.callbacks") or []:
-        if isinstance(callback, dict) and callback["class_path"].endswith(".FisherCallback"):
+    with suppress(ValueError):  # where there is none
+        if callback := looked_up(config, "trainer.callbacks.FisherCallback"):
             _share(study, callback.setdefault("init_args", {}))
     with whole_file(file) as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

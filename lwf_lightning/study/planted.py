@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lwf_lightning.forgetting.planted import confidence_by_part
+from lwf_lightning.forgetting.planted import confidence_by_part, last_scores
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record
 
@@ -23,11 +24,23 @@ def found_figures(study: Study, log: Path) -> dict[str, float]:
 
 
 def with_found_figures(study: Study, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records, those that lack the figures completed from their folders where these still lie."""
-    return [
-        record if "area" in record else record | found_figures(study, log_folder(study, record))
-        for record in records
-    ]
+    """Records with the figures of what the study seeks now.
+
+    They are computed where a run's scores still lie; else those of the record are kept, unless it
+    says that something else was sought.
+    """
+    return [_with_figures(study, record) for record in records]
+
+
+def _with_figures(study: Study, record: dict[str, Any]) -> dict[str, Any]:
+    others = {name: value for name, value in record.items() if name not in ("area", "precision")}
+    if study.planted is None:
+        return others
+    log = log_folder(study, record)
+    if last_scores(log):
+        return others | found_figures(study, log)
+    sought = asdict(study.planted)
+    return record if record.get("planted", sought) == sought else others
 
 
 def log_folder(study: Study, record: Record) -> Path:

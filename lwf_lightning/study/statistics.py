@@ -76,8 +76,8 @@ def gain_over(
         seeds=len(seeds),
         mean=float(own.mean()),
         gain=round(float(difference.mean()), 12),
-        low=low,
-        high=high,
+        low=round(low, 12),  # as the gain, or it might lie beside its own interval
+        high=round(high, 12),
         p_value=p_value,
         recovered=recovered,
         recovered_low=share_low,
@@ -89,7 +89,7 @@ def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
     if len(values) < 2:
         return float("nan"), float("nan"), float("nan")
     if _has_no_spread(values):
-        return float(values[0]), float(values[0]), float("nan")
+        return float(values.mean()), float(values.mean()), float("nan")
     result = stats.ttest_1samp(values, 0.0)
     interval = result.confidence_interval(0.95)
     return float(interval.low), float(interval.high), float(result.pvalue)

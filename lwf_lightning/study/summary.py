@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.statistics import Gain, adjusted_p_values, gain_over
 
 
@@ -20,11 +21,12 @@ class Line:
     Attributes:
         cell: The cell.
         method: Key of the method.
-        gain: Its figure, and its gain over the baseline.
-        adjusted_p_value: The paired test's, adjusted for all comparisons of the study. NaN for the
-            ceiling: it is no method to choose, and its gain would lower the others' values.
-        forgetting: Forgetting task -> its mean accuracy before training and after, on prompts of
-            the validation split, which are not among those elicited.
+        gain: Its figure, and its gain over the baseline: of a loss, how far it is below it.
+        adjusted_p_value: The paired test's, adjusted for all comparisons of the study, each counted
+            once in however many cells its runs are. NaN for the ceiling: it is no method to choose,
+            and its gain would lower the others' values.
+        forgetting: Forgetting task -> its mean accuracy before training (NaN without a validation
+            then) and after, on prompts of the validation split, which are not among those elicited.
         seen: The same on the very prompts that were elicited, where ``data.evaluate_seen`` is set.
         found: ``area`` and ``precision`` where knowledge was planted and scored, mean over
             seeds.
@@ -47,29 +49,38 @@ class Line:
 
 
 def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
-    """One line per cell and method that has runs, in the order of the study."""
+    """One line per cell and method that has runs, in the order of the study.
+
+    Raises:
+        ValueError: If a run has no such figure; names ``figure`` and those that there are.
+    """
     compared = [record for record in records if record["stage"] == "comparison"]
+    sign = measure_of(study.figure).sign
     found: list[tuple[str, str, Gain, list[Record], list[Record]]] = []
     for cell in study.cells:
         runs = {m: _runs_of(compared, cell, m) for m in study.methods}
         figures = {
-            m: {r["seed"]: r["figures"][study.figure] for r in own} for m, own in runs.items()
+            m: {r["seed"]: sign * _compared_figure(r, study.figure) for r in own}
+            for m, own in runs.items()
         }
         ceiling = figures[study.ceiling] if study.ceiling else None
         for method in study.methods:
             gain = gain_over(figures[method], figures[study.baseline], ceiling)
             if gain is not None:
+                gain = replace(gain, mean=sign * gain.mean)
                 found.append((cell, method, gain, runs[method], runs[study.baseline]))
-    tested = [
-        float("nan") if method in (study.baseline, study.ceiling) else gain.p_value
-        for _, method, gain, _, _ in found
-    ]
+    tested = {
+        _names(own, baseline): gain.p_value
+        for _, method, gain, own, baseline in found
+        if method not in (study.baseline, study.ceiling)
+    }
+    adjusted = dict(zip(tested, adjusted_p_values(list(tested.values())), strict=True))
     return [
         Line(
             cell=cell,
             method=method,
             gain=gain,
-            adjusted_p_value=p_value,
+            adjusted_p_value=adjusted.get(_names(own, baseline), math.nan),
             forgetting=_first_and_last(own, "forget/accuracy_"),
             seen=_first_and_last(own, "forget/seen_accuracy_"),
             found=_found(own),
@@ -77,10 +88,20 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             memory=_multiple("peak_memory", own, baseline),
             setting=own[0]["setting"],
         )
-        for (cell, method, gain, own, baseline), p_value in zip(
-            found, adjusted_p_values(tested), strict=True
-        )
+        for cell, method, gain, own, baseline in found
     ]
+
+
+def _names(*compared: Sequence[Record]) -> tuple[frozenset[str], ...]:
+    """The runs of a comparison, which are the same in all cells that share them."""
+    return tuple(frozenset(record["run"] for record in records) for records in compared)
+
+
+def _compared_figure(record: Record, name: str) -> float:
+    figures = record["figures"]
+    if name not in figures:
+        raise ValueError(f"figure: {record['run']} has no {name}, only {', '.join(figures)}")
+    return float(figures[name])
 
 
 def _runs_of(records: Sequence[Record], cell: str, method: str) -> list[Record]:
@@ -89,10 +110,13 @@ def _runs_of(records: Sequence[Record], cell: str, method: str) -> list[Record]:
 
 def _first_and_last(records: Sequence[Record], prefix: str) -> dict[str, tuple[float, float]]:
     names = {n for r in records for n in r["curves"] if n.startswith(prefix)}
-    curves = {n: [r["curves"][n][1] for r in records if n in r["curves"]] for n in sorted(names)}
+    curves = {n: [r["curves"][n] for r in records if n in r["curves"]] for n in sorted(names)}
     return {
-        name.removeprefix(prefix): (fmean(v[0] for v in values), fmean(v[-1] for v in values))
-        for name, values in curves.items()
+        name.removeprefix(prefix): (
+            fmean(values[0] if steps[0] == 0 else math.nan for steps, values in own),
+            fmean(values[-1] for _, values in own),
+        )
+        for name, own in curves.items()
     }
 
 

@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.summary import Line
 
-HEADINGS = (
-    "method",
-    "seeds",
-    "mean",
-    "gain, points [95 % interval]",
-    "p, adjusted",
-    "share of the gap won back [95 %]",
-    "time",
-    "memory",
-    "chosen setting",
-)
+
+def headings_of(study: Study) -> tuple[str, ...]:
+    """The headings of the comparison; they tell the unit of a gain."""
+    measure = measure_of(study.figure)
+    return (
+        "method",
+        "seeds",
+        "mean" if measure.sign > 0 else f"mean, {measure.unit}, lower is better",
+        f"gain, {measure.unit} [95 % interval]",
+        "p, adjusted",
+        "share of the gap won back [95 %]",
+        "time",
+        "memory",
+        "chosen setting",
+    )
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,20 @@ class Table:
 
 
 def cells_of(study: Study, line: Line) -> tuple[str, ...]:
-    """A line as text, in the order of ``HEADINGS``; the baseline has no gain."""
-    gain = line.gain
+    """A line as text, in the order of :func:`headings_of`; the baseline has no gain."""
+    gain, told = line.gain, measure_of(study.figure).told
     is_baseline = line.method == study.baseline
     return (
         study.label(line.method),
         str(gain.seeds),
-        f"{100 * gain.mean:.1f}",
-        "" if is_baseline else _interval(100 * gain.gain, 100 * gain.low, 100 * gain.high, "+.1f"),
+        told(gain.mean),
+        "" if is_baseline else _interval(*(told(v, "+") for v in (gain.gain, gain.low, gain.high))),
         "" if is_baseline else _p_value(line.adjusted_p_value),
         ""
         if is_baseline or gain.recovered is None
-        else _interval(gain.recovered, gain.recovered_low, gain.recovered_high, ".2f"),
+        else _interval(
+            *(f"{v:.2f}" for v in (gain.recovered, gain.recovered_low, gain.recovered_high))
+        ),
         *("" if math.isnan(value) else f"{value:.2f}" for value in (line.seconds, line.memory)),
         ", ".join(
             f"{path.split('.')[-1]} {value:g}"
@@ -61,14 +68,14 @@ def tables(study: Study, lines: Sequence[Line]) -> list[Table]:
         study: The study.
         lines: The lines of the cell.
     """
+    others = [_forgetting(study, lines)]
+    if study.planted is not None:
+        others.insert(0, _found(study, study.planted.value, lines))
     rows = [cells_of(study, line) for line in lines]
-    return [
-        Table("", HEADINGS, rows),
-        *(table for table in (_found(study, lines), _forgetting(study, lines)) if table.rows),
-    ]
+    return [Table("", headings_of(study), rows), *(table for table in others if table.rows)]
 
 
-def _found(study: Study, lines: Sequence[Line]) -> Table:
+def _found(study: Study, sought: str, lines: Sequence[Line]) -> Table:
     rows = [
         (
             study.label(line.method),
@@ -77,7 +84,6 @@ def _found(study: Study, lines: Sequence[Line]) -> Table:
         for line in lines
         if line.found
     ]
-    sought = "" if study.planted is None else study.planted.value
     headings = ("method", "area under the ROC curve of confidence", "precision of the chosen texts")
     return Table(f"what was found of the {sought} texts, mean over seeds", headings, rows)
 
@@ -101,7 +107,8 @@ def _forgetting(study: Study, lines: Sequence[Line]) -> Table:
 
 
 def _percent(accuracies: Mapping[str, tuple[float, float]], task: str) -> list[str]:
-    return [f"{100 * value:.1f}" for value in accuracies[task]] if task in accuracies else ["", ""]
+    pair = accuracies.get(task, (math.nan, math.nan))
+    return ["" if math.isnan(value) else f"{100 * value:.1f}" for value in pair]
 
 
 def markdown(study: Study, lines: Sequence[Line]) -> str:
@@ -118,8 +125,11 @@ def markdown(study: Study, lines: Sequence[Line]) -> str:
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    heading, *others = (
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        for row in (headings, *rows)
+    )
+    return [heading, "|" + "---|" * len(headings), *others]
 
 
 def _p_value(value: float) -> str:
@@ -128,6 +138,5 @@ def _p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _interval(value: float, low: float, high: float, form: str) -> str:
-    text = format(value, form)
-    return text if math.isnan(low) else f"{text} [{format(low, form)}, {format(high, form)}]"
+def _interval(value: str, low: str, high: str) -> str:
+    return value if "nan" in low else f"{value} [{low}, {high}]"

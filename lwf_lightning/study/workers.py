@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from threading import Thread
 
+from lwf_lightning.cli_errors import one_line
 from lwf_lightning.files import locked
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
@@ -45,7 +47,8 @@ def perform_once(study: Study, run: Run) -> str:
     What the run prints goes to ``output.txt`` in its folder.
 
     Returns:
-        ``done``, ``recorded``, ``taken``, or what went wrong.
+        ``done``, ``diverged`` (of a trial, recorded too), ``recorded``, ``taken``, or what went
+        wrong.
     """
     output = _output_file(study, run)
     with locked(output.with_name("claim.lock"), wait=False) as held:
@@ -55,11 +58,21 @@ def perform_once(study: Study, run: Run) -> str:
             return "recorded"
         with _output_to(output):
             try:
-                append_record(results_file(study), perform(study, run))
+                record = perform(study, run)
+                append_record(results_file(study), record)
             except (Exception, SystemExit) as error:  # one failed run must not end the study
                 traceback.print_exc()
-                return f"failed: {type(error).__name__}: {error} (see {output})"
-        return "done"
+                return f"failed: {_cause(error)} (see {output})"
+        return "diverged" if "diverged" in record else "done"
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong; the command line has turned its errors into a line and an exit."""
+    if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+        return "ended by SIGTERM; started again it goes on from its checkpoint"
+    if isinstance(error, SystemExit) and error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {one_line(str(error))}"
 
 
 @contextmanager
@@ -98,7 +111,8 @@ def perform_all(
 ) -> None:
     """Performs runs, each in a process of its own, several at a time.
 
-    A process that the system ends, for lack of memory perhaps, fails its own run alone.
+    A process that the system ends, for lack of memory perhaps, fails its own run alone. When this
+    process leaves, by SIGTERM for instance, its workers do: a fit saves before, and can go on.
 
     Args:
         study: The study.
@@ -117,26 +131,50 @@ def perform_all(
         os.environ[name] = str(threads)
     waiting = iter(runs)
     at_work: dict[Connection, tuple[Run, ForkServerProcess]] = {}
-    while True:
-        for run in islice(waiting, workers - len(at_work)):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_send_outcome, args=(study, run, sender))
-            process.start()
-            sender.close()  # the only one is the process's now, so that receiving ends with it
-            at_work[receiver] = run, process
-        if not at_work:
-            return
-        ready = wait(list(at_work))
-        for receiver in [receiver for receiver in at_work if receiver in ready]:
-            run, process = at_work.pop(receiver)
-            with receiver:
-                outcome = _outcome(receiver)
+    with _ended_together(at_work):
+        while True:
+            for run in islice(waiting, workers - len(at_work)):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_send_outcome, args=(study, run, sender))
+                process.start()
+                sender.close()  # the only one is the process's now, so that receiving ends with it
+                at_work[receiver] = run, process
+            if not at_work:
+                return
+            ready = wait(list(at_work))
+            for receiver in [receiver for receiver in at_work if receiver in ready]:
+                run, process = at_work.pop(receiver)
+                with receiver:
+                    outcome = _outcome(receiver)
+                process.join()
+                told(run, outcome or f"failed: {_end_of(process)} (see {_output_file(study, run)})")
+
+
+@contextmanager
+def _ended_together(at_work: Mapping[Connection, tuple[Run, ForkServerProcess]]) -> Iterator[None]:
+    """Has SIGTERM leave the block, and whatever leaves it end the processes at work."""
+    usual = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for _, process in at_work.values():
+            process.terminate()
+        for _, process in at_work.values():
             process.join()
-            told(run, outcome or f"failed: {_end_of(process)} (see {_output_file(study, run)})")
+        signal.signal(signal.SIGTERM, usual)
 
 
 def _send_outcome(study: Study, run: Run, sender: Connection) -> None:
+    Thread(target=_leave_with_parent, daemon=True).start()
     sender.send(perform_once(study, run))
+
+
+def _leave_with_parent() -> None:
+    """Ends this process as SIGTERM does once the one that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _outcome(receiver: Connection) -> str | None:

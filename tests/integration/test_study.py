@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import yaml
 from rich.console import Console
 
 from lwf_lightning.study import command, perform
-from lwf_lightning.study.command import main, missing_runs, report
+from lwf_lightning.study.command import main, report
 from lwf_lightning.study.config import Method, Study, Tuning
+from lwf_lightning.study.missing import missing_runs
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.workers import perform_once, results_file
 
@@ -85,6 +87,32 @@ def test_a_failed_run_says_where_to_look_and_leaves_no_record(study: Study) -> N
     assert outcome.startswith("failed: ")
     assert "output.txt" in outcome
     assert not results_file(broken).exists()
+
+
+def test_a_trial_that_diverges_is_recorded_once_and_a_compared_run_fails(study: Study) -> None:
+    changes = {"model.schedule": "never", "model.max_skipped_steps": 0, "trainer.max_steps": 9}
+    space = {"model.learning_rate": [1e20, 2e20]}
+    given = {**vars(study), "methods": {"vanilla": Method(changes, space)}, "seeds": [0]}
+    diverging = Study(**given)
+    trials = missing_runs(diverging)
+    assert [perform_once(diverging, run) for run in trials] == ["diverged"] * 2
+    records = read_records(results_file(diverging))
+    assert all(math.isnan(record["validation"]) for record in records)
+    assert all("learning_rate" in record["diverged"] for record in records)
+    assert not list(diverging.folder.glob("runs/*/*/checkpoints"))
+    (compared,) = missing_runs(diverging)
+    assert perform_once(diverging, compared).startswith("failed: NonFiniteLossError: 1 steps had")
+
+
+def test_a_misspelt_figure_fails_the_first_run_and_costs_no_fit(study: Study) -> None:
+    methods = {"vanilla": study.methods["vanilla"]}
+    given = {**vars(study), "tuning": None, "methods": methods}
+    misspelt = Study(**{**given, "figure": "test/acuracy"})
+    run = missing_runs(misspelt)[0]
+    outcome = perform_once(misspelt, run)
+    assert "measured no test/acuracy, only test/accuracy, test/loss (see" in outcome
+    assert perform_once(Study(**given), run) == "done"
+    assert read_records(results_file(study))[0]["resumed"]
 
 
 def test_the_record_of_a_run_that_was_interrupted_says_so(
@@ -159,6 +187,7 @@ def test_values_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     config, found = tmp_path / "study.yaml", []
     methods = {"vanilla": {"changes": changes, "space": {"path": values}}}
     study = {"name": "n", "base": "b.yaml", "methods": methods, "cells": {"a": changes}}
+    study["tuning"] = {"trials": 1}
     config.write_text(yaml.safe_dump(study | {"seeds": [0]}))
     monkeypatch.setattr(command, "_act", lambda study, _: found.append(study))
     main(["--config", str(config)])

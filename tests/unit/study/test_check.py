@@ -14,6 +14,7 @@ from lwf_lightning.study.architectures import known_config
 from lwf_lightning.study.check import check, parsed, summary, table
 from lwf_lightning.study.config import Method, Study
 from lwf_lightning.study.expected import Work, expected, model_of
+from lwf_lightning.study.length import steps_of, validations_of
 from lwf_lightning.study.matrix import comparison_runs
 
 
@@ -26,6 +27,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "max_steps": -1,
         "max_epochs": 2,
         "val_check_interval": None,
+        "check_val_every_n_epoch": 1,
     }
     return usual | changes
 
@@ -66,8 +68,45 @@ def test_without_unlearning_there_is_less_of_everything(make_module, make_data) 
     assert plain.work.trained < lwf.work.trained
     assert plain.work.read == lwf.work.read
     assert plain.elicitation == Work()
-    assert plain.prompts == ()
+    assert plain.pool == ""
     assert plain.memory < lwf.memory
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "validations"),
+    [
+        ({"max_steps": 20}, 20, 3),
+        ({"max_steps": 20, "val_check_interval": 0.25}, 20, 20),
+        ({"max_steps": 21, "val_check_interval": 0.5}, 21, 7),
+        ({"max_steps": 100, "max_epochs": 2}, 12, 2),
+        ({"max_steps": 5, "max_epochs": -1}, 5, 0),
+        ({"max_steps": -1, "max_epochs": None}, 6000, 1000),
+        ({"max_epochs": 3, "val_check_interval": 4}, 18, 3),
+        ({"max_epochs": 3, "val_check_interval": 4, "check_val_every_n_epoch": None}, 18, 4),
+        ({"max_epochs": 5, "val_check_interval": 0.5, "check_val_every_n_epoch": 2}, 30, 4),
+    ],
+)
+def test_steps_and_validations_are_lightning_s(
+    given: dict[str, Any], steps: int, validations: int
+) -> None:
+    asked = settings(**{"max_epochs": None, **given})
+    assert steps_of(asked, batches=6) == steps
+    assert validations_of(asked, batches=6, steps=steps) == validations
+
+
+def test_a_run_without_an_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_epochs: -1 without trainer\.max_steps never ends"):
+        steps_of(settings(max_epochs=-1), batches=6)
+
+
+def test_other_prompts_or_answers_are_another_pool(make_module, make_data) -> None:
+    model = model_of(make_module())
+    pools = [
+        expected(make_module(), make_data(**given), settings(), model).pool
+        for given in ({}, {"learning_texts": 4}, {"max_new_tokens": 3}, {"forgetting_prompts": 2})
+    ]
+    assert pools[0] == pools[1]
+    assert len(set(pools)) == 3
 
 
 def test_sizes_are_those_of_the_models() -> None:

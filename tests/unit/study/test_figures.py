@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lwf_lightning.study.config import Method, Study
-from lwf_lightning.study.figures import confidences, learning_curves
+from lwf_lightning.study.figures import confidences, gains, learning_curves
+from lwf_lightning.study.summary import summarize
 
 
 @pytest.fixture
@@ -27,6 +29,21 @@ def record(study: Study, method: str, seed: int, **given: Any) -> dict[str, Any]
         "stage": "comparison", "cells": ["a"], "method": method, "seed": seed,
         "run": log.name, "folder": str(log), "log": str(log), "curves": curves, **given,
     }  # fmt: skip
+
+
+def test_a_gain_that_is_no_number_stands_last(study: Study) -> None:
+    gained = {"vanilla": 0.0, "npo": 0.1, "other": math.nan, "lwf": 0.2}
+    records = [
+        record(study, method, seed, figures={"test/accuracy": gain}, setting={}, seconds=1.0,
+               peak_memory=1)
+        for method, gain in gained.items()
+        for seed in (0, 1)
+    ]  # fmt: skip
+    without_ceiling = Study(**{**vars(study), "ceiling": None})
+    figure = gains(without_ceiling, summarize(without_ceiling, records))
+    assert figure is not None
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown == ["other", "npo", "lwf"]  # from below
 
 
 def write_scores(folder: str, confidence: dict[str, float], chosen: set[str]) -> None:

@@ -25,7 +25,8 @@ def test_every_panel_holds_the_gains_of_its_cells_in_order(tmp_path: Path) -> No
     study = make(tmp_path)
     records = [
         {
-            "stage": "comparison", "cells": [cell], "method": method, "seed": seed, "setting": {},
+            "run": f"{method}-{seed}-{cell}", "stage": "comparison", "cells": [cell],
+            "method": method, "seed": seed, "setting": {},
             "curves": {}, "seconds": 1.0, "peak_memory": 1,
             "figures": {"test/accuracy": 0.5 + 0.1 * seed + gain * (0.95 + 0.1 * seed)},
         }
@@ -49,6 +50,22 @@ def test_every_panel_holds_the_gains_of_its_cells_in_order(tmp_path: Path) -> No
     assert (low, high) == pytest.approx((10 - 12.706 * 0.5, 10 + 12.706 * 0.5), rel=1e-3)
     assert gain_map(study, []) is None
     assert gain_map(make(tmp_path, {}), summarize(study, records)) is None
+
+
+def test_a_gain_that_is_the_same_with_every_seed_has_no_bar(tmp_path: Path) -> None:
+    study = make(tmp_path)
+    records = [
+        {
+            "run": f"{method}-{seed}", "stage": "comparison", "cells": ["a"], "method": method,
+            "seed": seed, "setting": {}, "curves": {}, "seconds": 1.0, "peak_memory": 1,
+            "figures": {"test/accuracy": figure},
+        }
+        for method, figure in (("vanilla", 0.6), ("lwf", 0.9))  # 0.9 - 0.6 is no 0.3
+        for seed in (0, 1)
+    ]  # fmt: skip
+    lines = summarize(study, records)
+    assert gain_map(study, lines) is not None
+    assert (lines[1].gain.low, lines[1].gain.high) == (0.3, 0.3)
 
 
 def _means(axes: Any) -> dict[str, list[float]]:

@@ -45,7 +45,7 @@ def make(base: str, **options: Any) -> Study:
         "name": "small",
         "methods": {
             "vanilla": Method({"model.schedule": "never"}, uses_forgetting=False),
-            "lwf": Method(space={"model.unlearning_scale": [0.1, 0.2]}),
+            "lwf": Method(),
         },
         "cells": {
             "a-b": {"data.forgetting_tasks": ["b"]},
@@ -81,6 +81,27 @@ def test_a_path_leads_through_arguments_and_lists_of_classes() -> None:
     assert callback["init_args"] == {"seed": 0, "strategy": "lowest"}
     assert looked_up(BASE, "trainer.callbacks.FisherCallback.strategy") is None
     assert "schedule" not in BASE["model"]["init_args"]  # the base is untouched
+
+
+def test_a_class_is_added_to_a_list_or_takes_the_place_of_its_like() -> None:
+    added = {"class_path": "lwf_lightning.callbacks.ValidateFirst"}
+    changed = overlaid(BASE, {"trainer.callbacks": added})["trainer"]["callbacks"]
+    assert changed == [*BASE["trainer"]["callbacks"], added]
+    fisher = {"class_path": "lwf_lightning.FisherCallback", "init_args": {"seed": 1}}
+    again = overlaid({"trainer": {"callbacks": changed}}, {"trainer.callbacks": fisher})
+    assert again["trainer"]["callbacks"] == [fisher, added]
+    assert overlaid(BASE, {"trainer.callbacks": [added]})["trainer"]["callbacks"] == [added]
+
+
+def test_a_class_may_be_written_as_its_name_alone() -> None:
+    plain = {"trainer": {"callbacks": ["a.Guard", "b.Other"]}}
+    changed = overlaid(plain, {"trainer.callbacks.Guard.seed": 1})
+    assert changed["trainer"]["callbacks"] == [
+        {"class_path": "a.Guard", "init_args": {"seed": 1}},
+        "b.Other",
+    ]
+    with pytest.raises(ValueError, match=r"holds no Fisher, only a\.Guard, b\.Other"):
+        overlaid(plain, {"trainer.callbacks.Fisher.seed": 1})
 
 
 def test_a_path_to_nowhere_names_itself() -> None:
@@ -162,12 +183,34 @@ def test_tuning_chooses_by_the_figure_that_is_asked_for_now(base: str) -> None:
         comparison_runs(other, records)
 
 
+def test_of_a_loss_the_lowest_is_chosen(base: str) -> None:
+    methods = {"vanilla": Method(space={"model.lr": [1, 2, 3]})}
+    study = make(base, methods=methods, tuning=Tuning(seeds=[7], figure="val/loss"))
+    losses = {1: 0.5, 2: 0.3, 3: math.nan}
+    records = [
+        trial(run, 0.5, loss=[0.0, losses[run.setting["model.lr"]]]) for run in tuning_runs(study)
+    ]
+    assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
+
+
 @pytest.mark.parametrize("order", [[1, 2], [2, 1]])
 def test_a_trial_that_diverged_is_not_chosen(base: str, order: list[int]) -> None:
     methods = {"vanilla": Method(space={"model.lr": order})}
     study = make(base, methods=methods, tuning=Tuning(seeds=[7, 8]))
     records = [
         trial(run, math.nan if run.setting["model.lr"] == 1 and run.seed == 7 else 0.1)
+        for run in tuning_runs(study)
+    ]
+    assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
+
+
+def test_a_recorded_divergence_is_the_worst_and_keeps_no_method_waiting(base: str) -> None:
+    methods = {"vanilla": Method(space={"model.lr": [1, 2]})}
+    study = make(base, methods=methods, tuning=Tuning(seeds=[7]))
+    records = [
+        trial(run, 0.1)
+        if run.setting["model.lr"] == 2
+        else {"run": run.identity, "curves": {}, "diverged": "NaN"}
         for run in tuning_runs(study)
     ]
     assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
@@ -182,6 +225,13 @@ def test_a_trial_that_diverged_is_not_chosen(base: str, order: list[int]) -> Non
         ({"seeds": [1, 1]}, "seeds names one twice"),
         ({"tuning": Tuning(seeds=[1, 5])}, r"tuning\.seeds and seeds share \[1\]"),
         ({"tuning": Tuning(trials=0)}, "at least one trial"),
+        ({"tuning": Tuning(seeds=[7, 7])}, r"tuning\.seeds names one twice: \[7, 7\]"),
+        ({"common_space": {"a": [1]}}, "common_space: nothing is chosen from it without tuning"),
+        ({"common_space": {"a": []}, "tuning": Tuning()}, "common_space: a has no value"),
+        (
+            {"methods": {"vanilla": Method(space={"a": [1, 2, 1]})}, "tuning": Tuning()},
+            r"methods\.vanilla\.space: a names a value twice",
+        ),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused(
@@ -189,6 +239,27 @@ def test_a_study_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(base, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, r"model\.schedule is the default"),
+        ({"model.schedule": "ahead"}, r"model\.schedule is ahead"),
+        ({"model.schedule": "never", "model.regularizer": "ewc"}, r"model\.regularizer is ewc"),
+    ],
+)
+def test_a_method_that_forgets_is_not_shared(base: str, changes: dict[str, Any], told: str) -> None:
+    methods = {"vanilla": Method(changes, uses_forgetting=False)}
+    with pytest.raises(ValueError, match=rf"methods\.vanilla\.uses_forgetting: false, .*{told}"):
+        comparison_runs(make(base, methods=methods), [])
+
+
+def test_a_broken_base_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(ValueError, match=r"(?s)^base: .*broken\.yaml"):
+        make(str(path)).base_config()
 
 
 def test_a_missing_base_names_its_flag(tmp_path: Path) -> None:

@@ -1,13 +1,33 @@
-"""The reading of a run's own memory."""
+"""What a run is given, and the reading of its own memory."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from lwf_lightning.study.perform import forget_peak_memory, peak_memory
+from lwf_lightning.study.config import Method, Study
+from lwf_lightning.study.matrix import Run
+from lwf_lightning.study.perform import forget_peak_memory, peak_memory, write_config
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [None, ["a.Other", "lwf_lightning.FisherCallback"], [{"class_path": "FisherCallback"}]],
+)
+def test_runs_share_their_probes(tmp_path: Path, callbacks: list[Any] | None) -> None:
+    study = Study("s", "none", {"vanilla": Method()}, {"a": {}}, [0], output=str(tmp_path))
+    run = Run("comparison", ("a",), "vanilla", 0, {}, {"trainer": {"callbacks": callbacks}})
+    written = yaml.safe_load(write_config(study, run).read_text())["trainer"]["callbacks"]
+    if callbacks is None:
+        assert written is None
+    else:
+        shared = {"probe_folder": str(study.folder / "shared" / "probes"), "save_tensors": False}
+        assert written[-1]["init_args"] == shared
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,22 @@ def test_older_records_are_completed_from_their_folders(study: Study) -> None:
     lines = summarize(study, [plain, completed])
     assert f"| LWF | {completed['area']:.3f} | 0.667 |" in markdown(study, lines)
     assert "ROC" not in markdown(study, summarize(study, [plain]))
+
+
+def test_what_is_sought_now_is_shown(study: Study, tmp_path: Path) -> None:
+    write_scores(study.folder / "runs" / "lwf-0" / "version_0")
+    known = {"area": 0.25, "precision": 0.0, "planted": asdict(study.planted)}
+    records = [record("lwf", 0, **known), record("lwf", 1, **known)]  # one with its scores
+    scored, kept = with_found_figures(study, records)
+    assert scored["precision"] == pytest.approx(2 / 3)
+    assert kept["area"] == 0.25
+    other = Study(**{**vars(study), "planted": replace(study.planted, value="new")})
+    scored, stale = with_found_figures(other, records)
+    assert scored["precision"] == pytest.approx(1 / 3)
+    assert "area" not in stale
+    nothing = Study(**{**vars(study), "planted": None})
+    found = with_found_figures(nothing, records)
+    assert not any("area" in record for record in found)
 
 
 def test_a_missing_file_is_refused_at_once(study: Study) -> None:

@@ -9,12 +9,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lwf_lightning.study.command import missing_runs, report
+from lwf_lightning.study import command
+from lwf_lightning.study.command import report
 from lwf_lightning.study.config import Method, Study, Tuning
 from lwf_lightning.study.matrix import Run, asked_for
+from lwf_lightning.study.missing import missing_runs
 from lwf_lightning.study.results import append_record, read_records
+from lwf_lightning.study.tables import markdown_table
 from lwf_lightning.study.workers import results_file
 
+NEVER: dict[str, Any] = {"model.schedule": "never"}
 FORGOTTEN = "data.forgetting_tasks"
 
 
@@ -27,7 +31,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
         "base": str(base),
         "output": str(tmp_path),
         "methods": {
-            "vanilla": Method(uses_forgetting=False),
+            "vanilla": Method(NEVER, uses_forgetting=False),
             "lwf": Method(space={"model.lr": [1.0, 2.0]}),
         },
         "cells": {"a-b": {FORGOTTEN: ["b"]}, "a-c": {FORGOTTEN: ["c"]}},
@@ -90,11 +94,83 @@ def test_another_choice_of_tuning_leaves_the_old_runs_out(given: dict[str, Any])
         assert all(table.endswith(f"<th>{heading}</th></tr>") for table in wide)
 
 
+def told_by_a_report(study: Study) -> str:
+    console = Console(record=True, width=200)
+    report(study, console)
+    return console.export_text()
+
+
+def test_a_report_names_what_is_missing(given: dict[str, Any]) -> None:
+    study = Study(**given)
+    trial, *others = [run for run in missing_runs(study) if run.stage == "tuning"]
+    for run in others:
+        record(study, run, 2.0)
+    told = told_by_a_report(study)
+    assert f"vanilla: its tuning lacks 1 of the runs that it chooses by: {trial.identity}" in told
+    assert "Nothing to compare yet: no run of the comparison is recorded" in told
+    record(study, next(run for run in missing_runs(study) if run.method == "lwf"), 2.0)
+    assert "no run of the baseline, vanilla, is recorded" in told_by_a_report(study)
+    record(study, trial, 2.0)
+    first, last = [run for run in missing_runs(study) if run.method == "vanilla"]
+    record(study, first, 2.0)
+    report(study, Console(quiet=True))
+    for file in ("results.md", "index.html"):
+        told = (study.folder / file).read_text()
+        assert f"Not there yet: vanilla: the comparison lacks 1: {last.identity}" in told
+
+
+@pytest.mark.parametrize("flag", ["--flops", "--data_dir"])
+def test_what_only_check_reads_is_refused_without_it(
+    given: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(given["output"], "study.yaml")
+    file.write_text(yaml.safe_dump(given | {"tuning": None, "methods": {"vanilla": {}}}))
+    with pytest.raises(SystemExit):
+        command.main(["--config", str(file), flag, "1"])
+    assert capsys.readouterr().err.startswith(f"error: {flag} is of --check alone")
+
+
+def test_names_are_printed_as_they_are(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(given["output"], "study.yaml")
+    methods = {"vanilla": {}, "p[bold]": {}}
+    file.write_text(yaml.safe_dump(given | {"tuning": None, "methods": methods}))
+    command.main(["--config", str(file), "--list"])
+    assert "\np[bold]-0-" in capsys.readouterr().out
+
+
+def test_a_bar_in_a_label_ends_no_cell_of_a_table() -> None:
+    assert markdown_table(["p(x|y)"], [["a|b"]]) == ["| p(x\\|y) |", "|---|", "| a\\|b |"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--only"]])
+def test_a_failed_run_is_a_failed_command(
+    given: dict[str, Any], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given |= {"tuning": None, "methods": {"vanilla": {}}, "name": "with [bold]brackets"}
+    study = Study(**given | {"methods": {"vanilla": Method()}})
+    first = missing_runs(study)[0]
+
+    def fail_all(study: Study, runs: list[Run], *, told: Any, **_: Any) -> None:
+        for run in runs:
+            told(run, "failed: no")
+
+    monkeypatch.setattr(command, "perform_all", fail_all)
+    monkeypatch.setattr(command, "perform_once", lambda study, run: "failed: no")
+    file = study.folder.parent / "study.yaml"
+    file.write_text(yaml.safe_dump(given))
+    named = [first.identity] if arguments else []
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--config", str(file), *arguments, *named])
+    assert stop.value.code == 1
+
+
 def test_seeds_may_be_dropped_or_turn_from_tuning_to_comparison(given: dict[str, Any]) -> None:
     perform(Study(**given))
     study = Study(**given | {"seeds": [1]})
     assert {seed for _, seed, _ in counted(study)} == {1}
-    methods = {"vanilla": Method(uses_forgetting=False)}
+    methods = {"vanilla": Method(NEVER, uses_forgetting=False)}
     study = Study(**given | {"seeds": [7], "tuning": None, "methods": methods})
     assert missing_runs(study) == []
     assert counted(study) == [("vanilla", 7, 0.0)]

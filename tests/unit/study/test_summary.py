@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lwf_lightning.study.config import Method, Study
-from lwf_lightning.study.figures import costs
+from lwf_lightning.study.figures import costs, gains
+from lwf_lightning.study.map import gain_map
+from lwf_lightning.study.page import write_page
 from lwf_lightning.study.statistics import adjusted_p_values, gain_over
 from lwf_lightning.study.summary import summarize
-from lwf_lightning.study.tables import HEADINGS, cells_of
+from lwf_lightning.study.tables import cells_of, headings_of, tables
 
 FIGURES = {
     "vanilla": [0.50, 0.55, 0.48, 0.52],
@@ -29,7 +32,8 @@ def make(**options: Any) -> Study:
 def records() -> list[dict[str, Any]]:
     return [
         {
-            "stage": "comparison", "cells": ["a"], "method": method, "seed": seed, "setting": {},
+            "run": f"{method}-{seed}", "stage": "comparison", "cells": ["a"], "method": method,
+            "seed": seed, "setting": {},
             "figures": {"test/accuracy": figure}, "curves": {}, "seconds": 1.0, "peak_memory": 1,
         }
         for method, figures in FIGURES.items()
@@ -46,9 +50,66 @@ def test_p_is_adjusted_for_the_methods_and_the_ceiling_is_none_of_them() -> None
     found = [lines[name].adjusted_p_value for name in ("one", "two")]
     assert found == pytest.approx(expected)
     assert math.isnan(lines["twin"].adjusted_p_value)
-    shown = dict(zip(HEADINGS, cells_of(study, lines["twin"]), strict=True))
+    shown = dict(zip(headings_of(study), cells_of(study, lines["twin"]), strict=True))
     assert shown["p, adjusted"] == ""
     assert shown["gain, points [95 % interval]"].startswith("+41.0 [")
+
+
+def test_a_figure_that_was_not_measured_is_answered_with_those_that_were() -> None:
+    message = "figure: vanilla-0 has no test/acuracy, only test/accuracy"
+    with pytest.raises(ValueError, match=message):
+        summarize(make(figure="test/acuracy"), records())
+
+
+def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
+    study = make(figure="test/loss", output=str(tmp_path), map={"size": {"a": 1.0}})
+    found = records()
+    for record in found:
+        record["figures"] = {"test/loss": 3 - record["figures"]["test/accuracy"]}
+    of_accuracy = {line.method: line for line in summarize(make(), records())}
+    lines = {line.method: line for line in summarize(study, found)}
+    for name, line in lines.items():
+        like = of_accuracy[name]
+        assert line.gain.mean == pytest.approx(3 - like.gain.mean)
+        assert line.gain.gain == pytest.approx(like.gain.gain)
+        assert line.gain.recovered == pytest.approx(like.gain.recovered)
+    shown = dict(zip(headings_of(study), cells_of(study, lines["twin"]), strict=True))
+    assert shown["mean, nats, lower is better"] == "2.078"
+    assert shown["gain, nats [95 % interval]"].startswith("+0.410 [")
+    axis = "test/loss below vanilla, nats"
+    own = list(lines.values())
+    pictures = [gains(study, own), gain_map(study, own)]
+    assert pictures[0].axes[0].get_xlabel().startswith(axis)
+    assert pictures[1].get_supylabel().startswith(axis)
+    write_page(study, own, [], [], {}, tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text()
+    assert "in nats of <code>test/loss</code>, of which less is better" in page
+
+
+def test_a_run_that_cells_share_is_tested_once() -> None:
+    study = Study(**{**vars(make()), "cells": {"a": {}, "b": {}, "c": {}}})
+    shared = [record | {"cells": ["a", "b", "c"]} for record in records()]
+    for record in shared:
+        if record["method"] == "two":
+            record["cells"] = ["a"]
+    alone = {line.method: line.adjusted_p_value for line in summarize(make(), records())}
+    found = {(line.cell, line.method): line.adjusted_p_value for line in summarize(study, shared)}
+    assert found["a", "two"] == pytest.approx(alone["two"])
+    assert [found[cell, "one"] for cell in "abc"] == pytest.approx([alone["one"]] * 3)
+
+
+def test_before_training_is_step_zero_alone() -> None:
+    found = records()
+    for record in found:
+        first = 0 if record["method"] == "one" else 24
+        record["curves"] = {
+            "forget/accuracy_other": [[first, 48], [0.5, 0.25]],
+            "forget/seen_accuracy_other": [[first, 48], [0.75, 0.125]],
+        }
+    (table,) = tables(make(), summarize(make(), found))[1:]
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    assert rows["one"] == ["other", "50.0", "25.0", "75.0", "12.5"]
+    assert rows["two"] == ["other", "", "25.0", "", "12.5"]
 
 
 def test_time_and_memory_are_those_of_runs_that_were_not_interrupted() -> None:
@@ -63,7 +124,7 @@ def test_time_and_memory_are_those_of_runs_that_were_not_interrupted() -> None:
     assert (lines["one"].seconds, lines["one"].memory) == (3.0, 2.0)
     assert lines["vanilla"].seconds == 1.0
     assert math.isnan(lines["two"].seconds)
-    shown = dict(zip(HEADINGS, cells_of(study, lines["two"]), strict=True))
+    shown = dict(zip(headings_of(study), cells_of(study, lines["two"]), strict=True))
     assert (shown["time"], shown["memory"]) == ("", "")
     figure = costs(study, list(lines.values()))
     assert figure is not None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from lwf_lightning.study.workers import perform_all, perform_once, results_file
 
 
 class Named(Run):
-    """A run of a given name; ``killed`` and ``left`` end a worker that asks for it."""
+    """A run of a given name; a worker that asks for it is ended, or does not end by itself."""
 
     @property
     def identity(self) -> str:
@@ -27,6 +30,10 @@ class Named(Run):
             os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory is short
         if in_worker and self.method == "left":
             os._exit(3)
+        if in_worker and self.method == "endless":
+            with Path(self.config["told"]).open("wb", buffering=0) as pipe:
+                pipe.write(b"at work")
+                signal.pause()
         return self.method
 
 
@@ -36,8 +43,8 @@ def study(tmp_path: Path) -> Study:
     return Study("small", "none.yaml", methods, {"a": {}}, [0], output=str(tmp_path))
 
 
-def named(name: str) -> Run:
-    return Named("comparison", ("a",), name, 0, {}, {})
+def named(name: str, **config: str) -> Run:
+    return Named("comparison", ("a",), name, 0, {}, config)
 
 
 @pytest.fixture
@@ -65,6 +72,45 @@ def test_a_worker_that_is_ended_fails_its_own_run_alone(study: Study, at_a_time:
     assert told.pop("killed").startswith("failed: its process was ended by signal 9")
     assert told.pop("left").startswith("failed: its process ended with exit code 3")
     assert not told
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> str:
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.usefixtures("light")
+def test_sigterm_ends_the_workers_too(study: Study, pipe: str) -> None:
+    append_record(results_file(study), {"run": "a"})
+    usual = signal.getsignal(signal.SIGTERM)
+    runs = [named("endless", told=pipe), named("a")]
+    with pytest.raises(SystemExit) as stop:
+        perform_all(
+            study, runs, workers=2, threads=1, told=lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        )
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGTERM) == usual
+
+
+def test_workers_end_with_the_process_that_started_them(study: Study, pipe: str) -> None:
+    source = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_workers import *
+workers._IMPORTED = workers._IMPORTED[:1]
+methods = {{"vanilla": Method()}}
+study = Study("small", "none.yaml", methods, {{"a": {{}}}}, [0], output={study.output!r})
+perform_all(study, [named("endless", told={pipe!r})], workers=1, threads=1, told=print)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", source])
+    with Path(pipe).open("rb", buffering=0) as told:
+        assert told.read(7) == b"at work"
+        parent.kill()
+        parent.wait()
+        assert select.select([told], [], [], 30)[0]  # or the worker would outlive its study
+        assert told.read() == b""
 
 
 def test_a_record_that_cannot_be_written_fails_its_run(

@@ -1,0 +1,41 @@
+"""What a study lacks: the runs that have no record yet, and what waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lwf_lightning.study.config import Study
+from lwf_lightning.study.matrix import Record, Run, comparison_runs, tuning_runs
+from lwf_lightning.study.results import read_records
+from lwf_lightning.study.workers import results_file
+
+_NAMED = 5
+"""Runs that a line names; --list names them all."""
+
+
+def missing_runs(study: Study) -> list[Run]:
+    """The runs without a record that can be performed now: tuning first, then what it allows."""
+    return _missing(study, read_records(results_file(study)))
+
+
+def _missing(study: Study, records: Iterable[Record]) -> list[Run]:
+    by_run = {record["run"]: record for record in records}
+    runs = [*tuning_runs(study), *comparison_runs(study, by_run.values())]
+    unique = {run.identity: run for run in runs if run.identity not in by_run}
+    return list(unique.values())
+
+
+def what_is_missing(study: Study, records: Iterable[Record]) -> list[str]:
+    """A line per method whose tuning or comparison lacks runs; names the first of them."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for run in _missing(study, records):
+        names.setdefault((run.method, run.stage), []).append(run.identity)
+    words = {
+        "tuning": "{}: its tuning lacks {} of the runs that it chooses by: {}",
+        "comparison": "{}: the comparison lacks {}: {}",
+    }
+    lines = []
+    for (method, stage), own in names.items():
+        named = ", ".join(own[:_NAMED]) + (", ..." if len(own) > _NAMED else "")
+        lines.append(words[stage].format(method, len(own), named))
+    return lines
