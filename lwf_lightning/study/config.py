@@ -156,6 +156,11 @@ class Study:
             raise ValueError(f"base: {path} holds no configuration")
         return copy.deepcopy(config)
 
+    @property
+    def validation_figure(self) -> str:
+        """What tuning chooses by; without tuning, what is compared, on the validation split."""
+        return self.tuning.figure if self.tuning else f"val/{self.figure.split('/', 1)[-1]}"
+
     def label(self, method: str) -> str:
         """The name of a method in tables and figures."""
         return self.methods[method].label or method

@@ -97,7 +97,7 @@ def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
 
     Lines are means over seeds; the band reaches from the lowest seed to the highest.
     """
-    figure_name = study.tuning.figure if study.tuning else "val/accuracy"
+    figure_name = study.validation_figure
     curves: dict[str, dict[int, list[float]]] = {}
     for record in records:
         steps, values = record["curves"].get(figure_name, ([], []))

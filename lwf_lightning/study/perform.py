@@ -69,7 +69,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     figures = {name: float(value) for name, value in metrics if name.startswith("test/")}
     log = Path(str(cli.trainer.log_dir))
     curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy", "forget/seen_accuracy"))
-    chosen_by = study.tuning.figure if study.tuning else "val/accuracy"
+    chosen_by = study.validation_figure
     if chosen_by not in curves:
         raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
     if study.figure not in figures:

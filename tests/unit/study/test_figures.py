@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def test_a_panel_of_curves_per_method_beside_baseline_and_ceiling(study: Study) 
         labels = [line.get_label() for line in axes.lines]
         assert labels == ["vanilla", "twin", "method of panel"]
         assert list(axes.lines[-1].get_ydata()) == pytest.approx([0.2, 0.45])
+
+
+def test_curves_are_of_what_is_compared_without_tuning(study: Study) -> None:
+    row = record(study, "lwf", 0)
+    row["curves"]["val/loss"] = [[0, 4], [3.0, 1.5]]
+    figure = learning_curves(replace(study, figure="test/loss"), [row])
+    assert figure is not None
+    assert list(figure.axes[0].lines[-1].get_ydata()) == pytest.approx([3.0, 1.5])
 
 
 def test_a_baseline_alone_is_drawn_too(study: Study) -> None:
