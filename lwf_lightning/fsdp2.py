@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -129,11 +130,20 @@ _OF_AN_INDEX = {
 }
 
 
+def _memory_format(kind: Any, name: str) -> _MEM_FORMAT_ENCODING:
+    """Stands for the ``getattr`` by which early Python 3.11 writes a member of an enumeration."""
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"getattr of {kind}")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _Unpickler(pickle.Unpickler):
     """Makes what the index of a sharded checkpoint is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Refuses any other class or function."""
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name not in _OF_AN_INDEX.get(module, ()) and not is_dtype:
             raise pickle.UnpicklingError(f"{module}.{name}")

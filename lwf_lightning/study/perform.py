@@ -70,13 +70,13 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     log = Path(str(cli.trainer.log_dir))
     curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy", "forget/seen_accuracy"))
     chosen_by = study.validation_figure
-    if chosen_by not in curves:
-        raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
     if study.figure not in figures:
         raise ValueError(
             f"figure: the test of {run.identity} measured no {study.figure}, only "
             + ", ".join(sorted(figures))
         )
+    if chosen_by not in curves:
+        raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
     shutil.rmtree(log / "checkpoints", ignore_errors=True)
     return {
         **_described(study, run, file),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lwf_lightning.errors import DamagedFileError
@@ -76,6 +77,34 @@ def test_an_index_reaches_nothing_that_its_classes_module_imports(tmp_path: Path
     with pytest.raises(DamagedFileError, match="could run code"):
         check_sharded(tmp_path)
     assert not hasattr(builtins, "planted")
+
+
+class Written:
+    """Is written as a look-up of an attribute."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_an_index_may_look_up_memory_formats_alone(make_llama: Make, tmp_path: Path) -> None:
+    """Early Python 3.11 writes a member of an enumeration so."""
+    contiguous = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    index = saved(make_llama(), tmp_path / "c.ckpt") / ".metadata"
+    content = pickle.loads(index.read_bytes())
+    for entry in content.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.size = (contiguous, Written(_MEM_FORMAT_ENCODING, contiguous.name))
+    index.write_bytes(pickle.dumps(content))
+    read = check_sharded(index.parent).state_dict_metadata["state_dict.model.lm_head.weight"]
+    assert isinstance(read, TensorStorageMetadata)
+    assert read.size == (contiguous, contiguous)
+    content.planner_data = Written(Path, "touch")
+    index.write_bytes(pickle.dumps(content))
+    with pytest.raises(DamagedFileError, match="could run code"):
+        check_sharded(index.parent)
 
 
 def test_a_file_without_a_state_dict_is_no_checkpoint(make_llama: Make, tmp_path: Path) -> None:
