@@ -131,7 +131,7 @@ _OF_AN_INDEX = {
 
 
 def _memory_format(kind: Any, name: str) -> _MEM_FORMAT_ENCODING:
-    """Stands for the ``getattr`` by which early Python 3.11 writes a member of an enumeration."""
+    """Stands for the ``getattr`` by which Python 3.11.2 writes a member of an enumeration."""
     if kind is not _MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError(f"getattr of {kind}")
     return _MEM_FORMAT_ENCODING[name]

@@ -90,7 +90,7 @@ class Written:
 
 
 def test_an_index_may_look_up_memory_formats_alone(make_llama: Make, tmp_path: Path) -> None:
-    """Early Python 3.11 writes a member of an enumeration so."""
+    """Python 3.11.2 writes a member of an enumeration so."""
     contiguous = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
     index = saved(make_llama(), tmp_path / "c.ckpt") / ".metadata"
     content = pickle.loads(index.read_bytes())
