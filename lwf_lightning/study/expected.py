@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -20,6 +18,7 @@ from lwf_lightning.estimate import meta_model, predict
 from lwf_lightning.memory import highest
 from lwf_lightning.study.architectures import known_config
 from lwf_lightning.study.length import steps_of, validations_of
+from lwf_lightning.study.matrix import digest_of
 
 if TYPE_CHECKING:
     import lightning as L
@@ -209,8 +208,7 @@ def _work(
 
 def _pool(module: LWFModule, data: LWFDataModule) -> str:
     prompts = [example.prompt for _, example in data.forgetting_examples]
-    told = json.dumps([module.hparams["model_name"], prompts, data.max_new_tokens])
-    return hashlib.sha256(told.encode()).hexdigest()
+    return digest_of([module.hparams["model_name"], prompts, data.max_new_tokens])
 
 
 def _evaluation(data: LWFDataModule, splits: Sequence[str]) -> Work:

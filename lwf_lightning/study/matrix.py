@@ -45,9 +45,13 @@ class Run:
     @property
     def identity(self) -> str:
         """Name of the run; the same configuration always has the same."""
-        text = json.dumps(self.config, sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        return f"{self.method}-{self.seed}-{digest}"
+        return f"{self.method}-{self.seed}-{digest_of(self.config)}"
+
+
+def digest_of(value: Any) -> str:
+    """Ten hexadecimal digits that equal values, such as configurations, share."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def settings_of(study: Study, method: str) -> list[dict[str, Any]]:
@@ -126,6 +130,11 @@ def _best_settings(
     }
 
 
+def runs_of(study: Study, by_run: Mapping[str, Record]) -> list[Run]:
+    """The runs that the study has now: tuning first, then what its records allow."""
+    return [*tuning_runs(study), *comparison_runs(study, by_run.values())]
+
+
 def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
     """The records of the runs that the study has now, with their stage, cells and setting in it.
 
@@ -135,7 +144,7 @@ def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
     by_run = {record["run"]: record for record in records}
     return [
         {**record, "stage": run.stage, "cells": list(run.cells), "setting": dict(run.setting)}
-        for run in [*tuning_runs(study), *comparison_runs(study, by_run.values())]
+        for run in runs_of(study, by_run)
         if (record := by_run.get(run.identity)) is not None
         and not (run.stage == "comparison" and "diverged" in record)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lwf_lightning.study.config import Study
-from lwf_lightning.study.matrix import Record, Run, comparison_runs, tuning_runs
+from lwf_lightning.study.matrix import Record, Run, runs_of
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.workers import results_file
 
@@ -20,8 +20,7 @@ def missing_runs(study: Study) -> list[Run]:
 
 def _missing(study: Study, records: Iterable[Record]) -> list[Run]:
     by_run = {record["run"]: record for record in records}
-    runs = [*tuning_runs(study), *comparison_runs(study, by_run.values())]
-    unique = {run.identity: run for run in runs if run.identity not in by_run}
+    unique = {run.identity: run for run in runs_of(study, by_run) if run.identity not in by_run}
     return list(unique.values())
 
 

@@ -6,7 +6,6 @@ without; all watch the same texts. A run that was interrupted goes on, a finishe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from lwf_lightning.forgetting.select import select_forget_set
 from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.study.figures import BLUE, RED
+from lwf_lightning.study.matrix import digest_of
 from lwf_lightning.study.overlay import overlaid
 from lwf_lightning.study.perform import read_curves
 from lwf_lightning.study.questions.answer import Answer
@@ -79,8 +79,7 @@ def arms(config: Mapping[str, Any], scale: float) -> dict[str, dict[str, Any]]:
 
 def answer(ground: Ground, seed: int, folder: Path) -> Answer:
     """Runs what has not been run with this configuration and seed, and reports."""
-    asked = json.dumps([ground.config, seed], sort_keys=True, default=str)
-    folder /= hashlib.sha256(asked.encode()).hexdigest()[:10]
+    folder /= digest_of([ground.config, seed])
     file = folder / "watched.json"
     if not file.exists():
         _watch(ground, seed, file)
