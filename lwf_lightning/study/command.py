@@ -25,6 +25,7 @@ from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs
 from lwf_lightning.study.missing import missing_runs, what_is_missing
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.planted import with_found_figures
+from lwf_lightning.study.pooled import pool
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.summary import summarize
 from lwf_lightning.study.tables import markdown
@@ -109,11 +110,13 @@ def report(study: Study, console: Console) -> None:
     if not lines:
         console.print("\n".join([*missing, _why_nothing(study, records)]), soft_wrap=True)
         return
-    table = "\n".join([*(f"- Not there yet: {line}" for line in missing), markdown(study, lines)])
+    pooled = pool(study, records)
+    told = markdown(study, lines, pooled)
+    table = "\n".join([*(f"- Not there yet: {line}" for line in missing), told])
     with whole_file(study.folder / "results.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
     pictures = draw_all(study, lines, records)
-    write_page(study, lines, records, missing, pictures, study.folder / "index.html")
+    write_page(study, lines, pooled, records, missing, pictures, study.folder / "index.html")
     console.print(table, soft_wrap=True)
     console.print(f"Page: {study.folder / 'index.html'}", soft_wrap=True)
 
@@ -122,7 +125,7 @@ def _why_nothing(study: Study, records: Iterable[Record]) -> str:
     compared = {record["method"] for record in records if record["stage"] == "comparison"}
     if not compared:
         return "Nothing to compare yet: no run of the comparison is recorded."
-    if study.baseline not in compared:
+    if not compared & {study.baseline, *study.best_of.get(study.baseline, [])}:
         return f"Nothing to compare yet: no run of the baseline, {study.baseline}, is recorded."
     return "Nothing to compare yet: the baseline shares no cell and seed with another method."
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
@@ -76,10 +76,12 @@ class Study:
         methods: The methods by key.
         cells: Pairs of learning task and forgetting tasks: name -> changes to the base.
         seeds: Seeds of the runs that are compared.
-        baseline: Method that gains are measured against.
+        baseline: Method that gains are measured against, or a key of ``best_of``.
         ceiling: Method that could not be held back, such as a clean twin; None if there is none.
         common_space: What tuning may choose for every method: path -> values.
         tuning: None takes every method as it is written.
+        best_of: Ways to do one thing -> the methods that are these ways: a line of its own, which
+            has in each cell the runs of the way whose tuning validated best.
         figure: The figure that is compared, measured on the test split; of a loss less is better.
         map: What varies between cells, as an axis says it -> cell -> its value: the panels of one
             figure of gains. None are needed, and cells may stand in several.
@@ -96,6 +98,7 @@ class Study:
     ceiling: str | None = None
     common_space: dict[str, list[Value]] = field(default_factory=dict)
     tuning: Tuning | None = None
+    best_of: dict[str, list[str]] = field(default_factory=dict)
     figure: str = "test/accuracy"
     map: dict[str, dict[str, float]] = field(default_factory=dict)
     planted: Planted | None = None
@@ -108,9 +111,12 @@ class Study:
             ValueError: If a named method or file is missing, there is nothing to compare or to
                 choose from, or seeds of tuning and comparison overlap.
         """
-        for role, key in (("baseline", self.baseline), ("ceiling", self.ceiling)):
-            if key is not None and key not in self.methods:
-                raise ValueError(f"{role}: {key!r} is no key of methods: {', '.join(self.methods)}")
+        for name, ways in self.best_of.items():
+            self._check_ways(name, ways)
+        if self.baseline not in {*self.methods, *self.best_of}:
+            _raise_unknown("baseline", self.baseline, [*self.methods, *self.best_of])
+        if self.ceiling is not None and self.ceiling not in self.methods:
+            _raise_unknown("ceiling", self.ceiling, self.methods)
         for factor, places in self.map.items():
             _check_places(factor, places, self.cells)
         if self.planted is not None and not Path(self.planted.rows).is_file():
@@ -163,7 +169,27 @@ class Study:
 
     def label(self, method: str) -> str:
         """The name of a method in tables and figures."""
-        return self.methods[method].label or method
+        spec = self.methods.get(method)
+        return (spec.label if spec else None) or method
+
+    def _check_ways(self, name: str, ways: Sequence[str]) -> None:
+        role = f"best_of.{name}"
+        if name in self.methods:
+            raise ValueError(f"{role}: a method has this name already")
+        if self.tuning is None:
+            raise ValueError(
+                f"{role}: nothing is chosen without tuning: give the study one, as "
+                "tuning: {trials: 8}"
+            )
+        if len(set(ways)) < max(2, len(ways)):
+            raise ValueError(f"{role}: needs at least two methods, each once, got {ways}")
+        for way in ways:
+            if way not in self.methods:
+                _raise_unknown(role, way, self.methods)
+
+
+def _raise_unknown(role: str, key: str, known: Iterable[str]) -> NoReturn:
+    raise ValueError(f"{role}: {key!r} is no key of methods: {', '.join(known)}")
 
 
 def _check_values(name: str, space: Mapping[str, Sequence[Any]], tuning: Tuning | None) -> None:

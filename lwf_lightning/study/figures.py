@@ -170,7 +170,8 @@ def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
 
 
 def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
-    """Time and memory as multiples of the baseline's."""
+    """Time and memory as multiples of the baseline's, of each method once."""
+    lines = [line for line in lines if line.way is None]
     figure = _figure(8, 0.9 + 0.32 * len(lines))
     left, right = figure.subplots(1, 2, sharey=True)
     names = [study.label(line.method) for line in lines]

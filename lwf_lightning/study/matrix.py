@@ -167,17 +167,42 @@ def best_setting(
     settings = settings_of(study, method)
     if study.tuning is None or len(settings) == 1:
         return settings[0]
+    means = _validated(study, method, cell, by_run)
+    return None if means is None else settings[max(range(len(settings)), key=means.__getitem__)]
+
+
+def best_way(study: Study, name: str, cell: str, by_run: Mapping[str, Record]) -> str | None:
+    """Of the methods of a ``best_of`` the one whose best setting validated best in a cell.
+
+    Returns:
+        The first of equals; None as long as a trial of one of them has no record.
+    """
+    best: dict[str, float] = {}
+    for method in study.best_of[name]:
+        means = _validated(study, method, cell, by_run)
+        if means is None:
+            return None
+        best[method] = max(means)
+    return max(best, key=best.__getitem__)
+
+
+def _validated(
+    study: Study, method: str, cell: str, by_run: Mapping[str, Record]
+) -> list[float] | None:
+    """The mean validation figure of each setting of a method with tuning, higher is better."""
+    if (tuning := study.tuning) is None:
+        return None
     means = []
-    for setting in settings:
+    for setting in settings_of(study, method):
         found = [
             by_run.get(run.identity)
-            for seed in study.tuning.seeds
+            for seed in tuning.seeds
             for run in _runs(study, "tuning", method, seed, {cell: setting}, among=study.cells)
         ]
         if any(record is None for record in found):
             return None
-        means.append(fmean(_judged(r, study.tuning.figure) for r in found if r is not None))
-    return settings[max(range(len(settings)), key=means.__getitem__)]
+        means.append(fmean(_judged(r, tuning.figure) for r in found if r is not None))
+    return means
 
 
 def _judged(trial: Record, figure: str) -> float:

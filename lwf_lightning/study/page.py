@@ -12,8 +12,9 @@ from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import MAP
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.measure import measure_of
+from lwf_lightning.study.pooled import Pooled
 from lwf_lightning.study.summary import Line
-from lwf_lightning.study.tables import tables
+from lwf_lightning.study.tables import pooled_table, tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
@@ -35,6 +36,7 @@ details { margin: 1em 0; } .note { color: #666; font-size: 13px; }
 def write_page(
     study: Study,
     lines: Sequence[Line],
+    pooled: Sequence[Pooled],
     records: Sequence[Record],
     missing: Sequence[str],
     pictures: Mapping[str, Path],
@@ -45,6 +47,7 @@ def write_page(
     Args:
         study: The study.
         lines: Its summary.
+        pooled: Its methods over all cells; none with one cell.
         records: All its records, for commands and versions.
         missing: What it lacks, in words.
         pictures: Title -> PNG file; each is put into the page.
@@ -64,6 +67,13 @@ def write_page(
         "resumed.</p>",
         *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]
+    if pooled:
+        table = pooled_table(study, pooled)
+        body.append(f"<h2>{html.escape(table.title)}</h2>" + _table(table.headings, table.rows))
+        body.append(
+            '<p class="note">The first interval is of these cells with other seeds: pairs of one '
+            "cell share its data. The second takes the cells as the sample.</p>"
+        )
     if MAP in pictures:
         body.append(f"<h2>{MAP}</h2>" + _picture(MAP, pictures[MAP]))
     for cell in study.cells:

@@ -63,7 +63,7 @@ def gain_over(
         return None
     own = np.array([method[seed] for seed in seeds])
     difference = own - np.array([baseline[seed] for seed in seeds])
-    low, high, p_value = _t_interval(difference)
+    low, high, p_value = t_interval(difference)
     recovered: float | None = None
     share_low = share_high = float("nan")
     if ceiling is not None and (both := [seed for seed in seeds if seed in ceiling]):
@@ -85,7 +85,11 @@ def gain_over(
     )
 
 
-def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
+def t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Ends of the 95 % interval of a mean (Student's t) and p of the test that it is 0.
+
+    Without spread the ends are the mean and p is NaN; with less than two values all are NaN.
+    """
     if len(values) < 2:
         return float("nan"), float("nan"), float("nan")
     if _has_no_spread(values):
@@ -96,7 +100,7 @@ def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _share_interval(won: np.ndarray, gap: np.ndarray) -> tuple[float, float]:
-    surely_above, _, _ = _t_interval(gap)
+    surely_above, _, _ = t_interval(gap)
     if not surely_above > 0 or (_has_no_spread(won) and _has_no_spread(gap)):
         return float("nan"), float("nan")
     picked = np.random.default_rng(0).integers(len(won), size=(9999, len(won)))

@@ -9,18 +9,19 @@ from statistics import fmean, median
 from typing import Any
 
 from lwf_lightning.study.config import Study
-from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.matrix import Record, best_way
 from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.statistics import Gain, adjusted_p_values, gain_over
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method in a cell.
+    """A method in a cell, or the best of several.
 
     Attributes:
         cell: The cell.
-        method: Key of the method.
+        method: Key of the method, or of the study's ``best_of``.
+        way: Of a ``best_of``, the method that validation picked; its runs are the line's.
         gain: Its figure, and its gain over the baseline: of a loss, how far it is below it.
         adjusted_p_value: The paired test's, adjusted for all comparisons of the study, each counted
             once in however many cells its runs are. NaN for the ceiling: it is no method to choose,
@@ -38,6 +39,7 @@ class Line:
 
     cell: str
     method: str
+    way: str | None
     gain: Gain
     adjusted_p_value: float
     forgetting: Mapping[str, tuple[float, float]]
@@ -49,22 +51,19 @@ class Line:
 
 
 def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
-    """One line per cell and method that has runs, in the order of the study.
+    """One line per cell and method that has runs, then per ``best_of``, in the study's order.
 
     Raises:
         ValueError: If a run has no such figure; names ``figure`` and those that there are.
     """
-    compared = [record for record in records if record["stage"] == "comparison"]
     sign = measure_of(study.figure).sign
     found: list[tuple[str, str, Gain, list[Record], list[Record]]] = []
-    for cell in study.cells:
-        runs = {m: _runs_of(compared, cell, m) for m in study.methods}
+    for cell, runs in compared_runs(study, records).items():
         figures = {
-            m: {r["seed"]: sign * _compared_figure(r, study.figure) for r in own}
-            for m, own in runs.items()
+            m: {r["seed"]: sign * compared_figure(study, r) for r in own} for m, own in runs.items()
         }
         ceiling = figures[study.ceiling] if study.ceiling else None
-        for method in study.methods:
+        for method in runs:
             gain = gain_over(figures[method], figures[study.baseline], ceiling)
             if gain is not None:
                 gain = replace(gain, mean=sign * gain.mean)
@@ -79,6 +78,7 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
         Line(
             cell=cell,
             method=method,
+            way=own[0]["method"] if method in study.best_of else None,
             gain=gain,
             adjusted_p_value=adjusted.get(_names(own, baseline), math.nan),
             forgetting=_first_and_last(own, "forget/accuracy_"),
@@ -97,15 +97,32 @@ def _names(*compared: Sequence[Record]) -> tuple[frozenset[str], ...]:
     return tuple(frozenset(record["run"] for record in records) for records in compared)
 
 
-def _compared_figure(record: Record, name: str) -> float:
+def compared_runs(study: Study, records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
+    """Cell -> method or ``best_of`` -> its compared runs; of a ``best_of`` those of one method."""
+    by_run = {record["run"]: record for record in records}
+    compared = [record for record in by_run.values() if record["stage"] == "comparison"]
+    runs: dict[str, dict[str, list[Record]]] = {}
+    for cell in study.cells:
+        own = [record for record in compared if cell in record["cells"]]
+        of_cell = {m: [r for r in own if r["method"] == m] for m in study.methods}
+        ways = {name: best_way(study, name, cell, by_run) for name in study.best_of}
+        of_best = {name: of_cell[way] if way else [] for name, way in ways.items()}
+        runs[cell] = {**of_cell, **of_best}
+    return runs
+
+
+def compared_figure(study: Study, record: Record) -> float:
+    """The compared figure of a run.
+
+    Raises:
+        ValueError: If it has none; names ``figure`` and those that there are.
+    """
     figures = record["figures"]
-    if name not in figures:
-        raise ValueError(f"figure: {record['run']} has no {name}, only {', '.join(figures)}")
-    return float(figures[name])
-
-
-def _runs_of(records: Sequence[Record], cell: str, method: str) -> list[Record]:
-    return [r for r in records if r["method"] == method and cell in r["cells"]]
+    if study.figure not in figures:
+        raise ValueError(
+            f"figure: {record['run']} has no {study.figure}, only {', '.join(figures)}"
+        )
+    return float(figures[study.figure])
 
 
 def _first_and_last(records: Sequence[Record], prefix: str) -> dict[str, tuple[float, float]]:

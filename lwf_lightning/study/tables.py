@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.measure import measure_of
+from lwf_lightning.study.pooled import Pooled
 from lwf_lightning.study.summary import Line
 
 
@@ -52,7 +53,8 @@ def cells_of(study: Study, line: Line) -> tuple[str, ...]:
             *(f"{v:.2f}" for v in (gain.recovered, gain.recovered_low, gain.recovered_high))
         ),
         *("" if math.isnan(value) else f"{value:.2f}" for value in (line.seconds, line.memory)),
-        ", ".join(
+        (f"{study.label(line.way)}: " if line.way else "")
+        + ", ".join(
             f"{path.split('.')[-1]} {value:g}"
             if isinstance(value, float)
             else f"{path.split('.')[-1]} {value}"
@@ -68,9 +70,10 @@ def tables(study: Study, lines: Sequence[Line]) -> list[Table]:
         study: The study.
         lines: The lines of the cell.
     """
-    others = [_forgetting(study, lines)]
+    by_itself = [line for line in lines if line.way is None]
+    others = [_forgetting(study, by_itself)]
     if study.planted is not None:
-        others.insert(0, _found(study, study.planted.value, lines))
+        others.insert(0, _found(study, study.planted.value, by_itself))
     rows = [cells_of(study, line) for line in lines]
     return [Table("", headings_of(study), rows), *(table for table in others if table.rows)]
 
@@ -111,9 +114,41 @@ def _percent(accuracies: Mapping[str, tuple[float, float]], task: str) -> list[s
     return ["" if math.isnan(value) else f"{100 * value:.1f}" for value in pair]
 
 
-def markdown(study: Study, lines: Sequence[Line]) -> str:
-    """All tables of a study, cell by cell."""
+def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
+    """The methods over all cells together."""
+    measure = measure_of(study.figure)
+    rows = [
+        (
+            study.label(line.method),
+            str(line.cells),
+            str(line.gain.seeds),
+            measure.told(line.gain.mean),
+            *(
+                _interval(*(measure.told(value, "+") for value in (line.gain.gain, *ends)))
+                for ends in ((line.gain.low, line.gain.high), (line.low, line.high))
+            ),
+            f"{line.above} of {line.gain.seeds}",
+        )
+        for line in pooled
+    ]
+    headings = (
+        "method",
+        "cells",
+        "pairs",
+        "mean" if measure.sign > 0 else f"mean, {measure.unit}, lower is better",
+        f"gain, {measure.unit} [95 %, of pairs of cell and seed]",
+        "[95 %, of cells]",
+        "better in",
+    )
+    return Table(f"all cells, against {study.label(study.baseline)}", headings, rows)
+
+
+def markdown(study: Study, lines: Sequence[Line], pooled: Sequence[Pooled] = ()) -> str:
+    """All tables of a study: all cells together where there are several, then cell by cell."""
     parts = []
+    if pooled:
+        table = pooled_table(study, pooled)
+        parts += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
     for cell in study.cells:
         if own := [line for line in lines if line.cell == cell]:
             parts += [f"## {cell}", ""]

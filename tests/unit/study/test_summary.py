@@ -81,7 +81,7 @@ def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
     pictures = [gains(study, own), gain_map(study, own)]
     assert pictures[0].axes[0].get_xlabel().startswith(axis)
     assert pictures[1].get_supylabel().startswith(axis)
-    write_page(study, own, [], [], {}, tmp_path / "index.html")
+    write_page(study, own, [], [], [], {}, tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert "in nats of <code>test/loss</code>, of which less is better" in page
 
