@@ -14,10 +14,18 @@ if TYPE_CHECKING:
     from lwf_lightning.callbacks.guard import AscentGuard
     from lwf_lightning.datamodule import LWFDataModule
     from lwf_lightning.module import LWFModule
+    from lwf_lightning.trainer import LWFTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["AscentGuard", "ExportCallback", "FisherCallback", "LWFDataModule", "LWFModule"]
+__all__ = [
+    "AscentGuard",
+    "ExportCallback",
+    "FisherCallback",
+    "LWFDataModule",
+    "LWFModule",
+    "LWFTrainer",
+]
 
 _HOMES = {
     "AscentGuard": "lwf_lightning.callbacks.guard",
@@ -25,6 +33,7 @@ _HOMES = {
     "FisherCallback": "lwf_lightning.callbacks.fisher",
     "LWFDataModule": "lwf_lightning.datamodule",
     "LWFModule": "lwf_lightning.module",
+    "LWFTrainer": "lwf_lightning.trainer",
 }
 
 

@@ -245,8 +245,11 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
     def configure_optimizers(self) -> Any:
         """AdamW for learning with its schedule; if the run unlearns, another for unlearning."""
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("set trainer.max_steps or trainer.max_epochs: the run has no end")
+        if not 0 <= steps < float("inf"):  # -1: epochs of a loader without a length
+            raise ValueError(
+                "how many steps the run has is not known: set trainer.max_steps, or "
+                "trainer.max_epochs where the training loader has a length"
+            )
         betas: tuple[float, float] = tuple(self.hparams["betas"])
         learning = build_adamw(
             self.model.parameters(),

@@ -22,6 +22,19 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def shortened(example: str) -> str:
+    """The same with few texts and steps."""
+    for said, instead in (
+        ("max_steps=60", "max_steps=2, limit_val_batches=1, limit_test_batches=1"),
+        ('schedule="ahead"', 'schedule="ahead", ahead_steps=2'),
+        ("max_new_tokens=8", "max_new_tokens=8, forgetting_prompts=16"),
+        ("[FisherCallback(", "[FisherCallback(probe_steps=2, fisher_texts=8, "),
+    ):
+        assert example.count(said) == 1
+        example = example.replace(said, instead)
+    return example
+
+
 def test_the_python_examples_run(
     make_llama: Callable[..., Any],
     make_texts: Callable[..., Any],
@@ -34,7 +47,12 @@ def test_the_python_examples_run(
         "learning_batches": list(batches_of(make_texts(24, seed=1), 1, 0)),
         "forget_batches": list(batches_of(make_texts(8, seed=2), 1, 0)),
     }
-    callback_example, functions_example = blocks("python")
+    whole_example, callback_example, functions_example = blocks("python")
+    fit: dict[str, Any] = {}
+    exec(shortened(whole_example), fit)
+    assert fit["trainer"].global_step == 2
+    assert fit["module"].unlearning_steps > 0
+    assert 0 <= fit["trainer"].callback_metrics["test/accuracy"] <= 1
     exec(callback_example, names)
     assert names["fisher"].refreshed_at == 16
     assert len(names["fisher"].forget_set) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from lwf_lightning.callbacks import AscentGuard, ExportCallback, StepCheckpoint
@@ -247,6 +248,27 @@ def test_a_limit_cuts_no_epoch_short(
     trainer = make_trainer(max_steps=-1, max_epochs=4, limit_train_batches=4)
     trainer.fit(make_module(schedule="never"), make_data())
     assert trainer.global_step == 16
+
+
+class Stream(IterableDataset[Any]):
+    """Texts one by one, of which nobody knows how many there are."""
+
+    def __init__(self, texts: Any) -> None:
+        self.texts = texts
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.texts)
+
+
+@pytest.mark.parametrize("epochs", [-1, 1])
+def test_a_run_of_unknown_length_is_refused(
+    make_module: Make, make_data: Make, make_trainer: Make, epochs: int
+) -> None:
+    """Its learning rate would follow a cosine of -1 steps."""
+    loader = DataLoader(Stream([]), batch_size=None)
+    trainer = make_trainer(max_steps=-1, max_epochs=epochs)
+    with pytest.raises(ValueError, match="how many steps the run has is not known: set trainer.ma"):
+        trainer.fit(make_module(schedule="never"), loader)
 
 
 def test_without_a_scorer_the_run_refuses_or_unlearns_everything(
