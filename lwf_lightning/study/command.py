@@ -122,12 +122,13 @@ def report(study: Study, console: Console) -> None:
 
 
 def _why_nothing(study: Study, records: Iterable[Record]) -> str:
-    compared = {record["method"] for record in records if record["stage"] == "comparison"}
-    if not compared:
+    if all(record["stage"] != "comparison" for record in records):
         return "Nothing to compare yet: no run of the comparison is recorded."
-    if not compared & {study.baseline, *study.best_of.get(study.baseline, [])}:
-        return f"Nothing to compare yet: no run of the baseline, {study.baseline}, is recorded."
-    return "Nothing to compare yet: the baseline shares no cell and seed with another method."
+    return f"Nothing to compare yet: no run of the baseline, {study.baseline}, is recorded." + (
+        " It has those of the way that validation picks, once all trials of its ways are."
+        if study.baseline in study.best_of
+        else ""
+    )
 
 
 def _perform_missing(study: Study, workers: int, threads: int, console: Console) -> int:

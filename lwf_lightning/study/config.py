@@ -109,7 +109,8 @@ class Study:
 
         Raises:
             ValueError: If a named method or file is missing, there is nothing to compare or to
-                choose from, or seeds of tuning and comparison overlap.
+                choose from, names are no file's or stand twice, or seeds of tuning and comparison
+                overlap.
         """
         for name, ways in self.best_of.items():
             self._check_ways(name, ways)
@@ -117,6 +118,7 @@ class Study:
             _raise_unknown("baseline", self.baseline, [*self.methods, *self.best_of])
         if self.ceiling is not None and self.ceiling not in self.methods:
             _raise_unknown("ceiling", self.ceiling, self.methods)
+        self._check_names()
         for factor, places in self.map.items():
             _check_places(factor, places, self.cells)
         if self.planted is not None and not Path(self.planted.rows).is_file():
@@ -172,10 +174,25 @@ class Study:
         spec = self.methods.get(method)
         return (spec.label if spec else None) or method
 
+    def _check_names(self) -> None:
+        for role, names in (("cells", self.cells), ("methods", self.methods)):
+            for name in names:
+                if "/" in name or "\\" in name:
+                    raise ValueError(f"{role}: {name!r} holds a slash, and files are named by it")
+        labels = [self.label(name) for name in (*self.methods, *self.best_of)]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"methods: two are called {label!r} in tables and figures: give one of them "
+                    "another label, or another name in best_of"
+                )
+
     def _check_ways(self, name: str, ways: Sequence[str]) -> None:
         role = f"best_of.{name}"
         if name in self.methods:
             raise ValueError(f"{role}: a method has this name already")
+        if self.ceiling in ways:
+            raise ValueError(f"{role}: {self.ceiling} is the ceiling, which nobody could choose")
         if self.tuning is None:
             raise ValueError(
                 f"{role}: nothing is chosen without tuning: give the study one, as "

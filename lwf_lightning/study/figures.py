@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -25,34 +26,44 @@ if TYPE_CHECKING:
 GREY, RED, BLUE = "#7f7f7f", "#d62728", "#1f77b4"
 
 
-def draw_all(study: Study, lines: Sequence[Line], records: Sequence[Record]) -> dict[str, Path]:
-    """Draws what there is to draw: a map, and one set of pictures per cell.
+@dataclass(frozen=True)
+class Pictures:
+    """PNG files in a study's folder.
 
-    Returns:
-        Title -> PNG file in the study's folder; titles of a cell's begin with its name.
+    Attributes:
+        map: Of all cells; None if the study has none.
+        cells: Cell -> title -> file.
     """
-    pictures: dict[str, Path] = {}
-    if (places := gain_map(study, lines)) is not None:
-        pictures[MAP] = _save(places, study.folder / "figures" / "map.png")
+
+    map: Path | None
+    cells: dict[str, dict[str, Path]]
+
+
+def draw_all(study: Study, lines: Sequence[Line], records: Sequence[Record]) -> Pictures:
+    """Draws what there is to draw: a map, and one set of pictures per cell."""
+    places = gain_map(study, lines)
+    folder = study.folder / "figures"
+    pictures = Pictures(_save(places, folder / "map.png") if places else None, {})
     for cell in study.cells:
         own = [line for line in lines if line.cell == cell]
         if not own:
             continue
         runs = [r for r in records if cell in r["cells"] and r["stage"] == "comparison"]
+        ways = {line.method: line.way or line.method for line in own}
         drawn = {
             "gain": gains(study, own),
-            "curves": learning_curves(study, runs),
+            "curves": learning_curves(study, runs, ways.get(study.baseline)),
             "confidence": confidences(study, runs),
             "cost": costs(study, own),
         }
-        for kind, figure in drawn.items():
-            if figure is not None:
-                path = study.folder / "figures" / f"{cell}-{kind}.png"
-                pictures[f"{cell}: {TITLES[kind]}"] = _save(figure, path)
+        pictures.cells[cell] = {
+            TITLES[kind]: _save(figure, folder / f"{cell}-{kind}.png")
+            for kind, figure in drawn.items()
+            if figure is not None
+        }
     return pictures
 
 
-MAP = "where it pays"
 TITLES = {
     "gain": "gain over the baseline",
     "curves": "learning curves",
@@ -92,11 +103,19 @@ def gains(study: Study, lines: Sequence[Line]) -> Figure | None:
     return figure
 
 
-def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
+def learning_curves(
+    study: Study, records: Sequence[Record], baseline: str | None = None
+) -> Figure | None:
     """A panel per method: its validation curve beside the baseline's and the ceiling's.
 
     Lines are means over seeds; the band reaches from the lowest seed to the highest.
+
+    Args:
+        study: The study.
+        records: The runs of a cell.
+        baseline: The method whose runs the baseline has there; None if it is the baseline.
     """
+    baseline = baseline or study.baseline
     figure_name = study.validation_figure
     curves: dict[str, dict[int, list[float]]] = {}
     for record in records:
@@ -105,13 +124,16 @@ def learning_curves(study: Study, records: Sequence[Record]) -> Figure | None:
             curves.setdefault(record["method"], {}).setdefault(step, []).append(value)
     if not curves:
         return None
-    marks = (study.baseline, study.ceiling)
+    marks = {baseline: study.label(study.baseline)}
+    if study.ceiling is not None:
+        marks[study.ceiling] = study.label(study.ceiling)
     shown = [m for m in study.methods if m in curves and m not in marks] or list(curves)
     figure, panels = _panels(len(shown), shared=True)
     for axes, method in zip(panels, shown, strict=True):
-        for beside, colour in zip(marks, ("black", BLUE), strict=True):
+        for beside, label in marks.items():
             if beside in curves:
-                axes.plot(*_mean(curves[beside]), color=colour, lw=1.2, label=study.label(beside))
+                colour = "black" if beside == baseline else BLUE
+                axes.plot(*_mean(curves[beside]), color=colour, lw=1.2, label=label)
         steps = sorted(curves[method])
         low, high = ([end(curves[method][step]) for step in steps] for end in (min, max))
         axes.fill_between(steps, low, high, color=RED, alpha=0.2, lw=0)

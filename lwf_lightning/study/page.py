@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
-from lwf_lightning.study.figures import MAP
+from lwf_lightning.study.figures import Pictures
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.pooled import Pooled
@@ -39,7 +39,7 @@ def write_page(
     pooled: Sequence[Pooled],
     records: Sequence[Record],
     missing: Sequence[str],
-    pictures: Mapping[str, Path],
+    pictures: Pictures,
     path: Path,
 ) -> None:
     """Writes the page, whole or not at all.
@@ -50,7 +50,7 @@ def write_page(
         pooled: Its methods over all cells; none with one cell.
         records: All its records, for commands and versions.
         missing: What it lacks, in words.
-        pictures: Title -> PNG file; each is put into the page.
+        pictures: Its figures; each is put into the page.
         path: The HTML file.
     """
     measure = measure_of(study.figure)
@@ -74,8 +74,8 @@ def write_page(
             '<p class="note">The first interval is of these cells with other seeds: pairs of one '
             "cell share its data. The second takes the cells as the sample.</p>"
         )
-    if MAP in pictures:
-        body.append(f"<h2>{MAP}</h2>" + _picture(MAP, pictures[MAP]))
+    if pictures.map is not None:
+        body.append("<h2>where it pays</h2>" + _picture("where it pays", pictures.map))
     for cell in study.cells:
         own = [line for line in lines if line.cell == cell]
         if not own:
@@ -85,9 +85,8 @@ def write_page(
         marks = ["baseline" if line.method == study.baseline else "" for line in own]
         body.append(_table(comparison.headings, comparison.rows, marks, words_last=True))
         body += [
-            f"<h3>{html.escape(title.removeprefix(f'{cell}: '))}</h3>" + _picture(title, file)
-            for title, file in pictures.items()
-            if title.startswith(f"{cell}: ")
+            f"<h3>{html.escape(title)}</h3>" + _picture(f"{cell}: {title}", file)
+            for title, file in pictures.cells.get(cell, {}).items()
         ]
         body += [
             f"<h3>{html.escape(table.title)}</h3>" + _table(table.headings, table.rows)
@@ -112,8 +111,12 @@ def _picture(title: str, file: Path) -> str:
 
 def _provenance(study: Study, records: Sequence[Record]) -> str:
     commits = sorted({str(record["commit"]) for record in records})
-    versions = records[-1]["versions"] if records else {}
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    versions: dict[str, list[str]] = {}
+    for record in records:
+        for name, version in record["versions"].items():
+            if version not in versions.setdefault(name, []):
+                versions[name].append(version)
+    told = ", ".join(f"{name} {' and '.join(own)}" for name, own in versions.items())
     compared = sum(record["stage"] == "comparison" for record in records)
     return (
         f"{compared} runs compared and {len(records) - compared} for tuning, from {study.base}; "

@@ -24,11 +24,13 @@ class Pooled:
 
     Attributes:
         method: Key of the method, or of the study's ``best_of``.
-        cells: How many cells; those whose runs are all the same count once.
+        cells: How many cells; those whose runs, of a ``best_of`` of all its ways, are all the same
+            count once.
         gain: Over all pairs of cell and seed; its ``seeds`` counts the pairs. As pairs of one cell
             share its data, its interval is of these cells, with other seeds.
-        low: Lower end of the 95 % interval of the mean gain with the cells as the sample (Student's
-            t over their mean gains): what other cells may be like. NaN with one cell.
+        gain_of_cells: Mean of the cells' mean gains.
+        low: Lower end of its 95 % interval with the cells as the sample (Student's t): what other
+            cells may be like. NaN with one cell.
         high: Upper end.
         above: In how many pairs the method is better.
     """
@@ -36,6 +38,7 @@ class Pooled:
     method: str
     cells: int
     gain: Gain
+    gain_of_cells: float
     low: float
     high: float
     above: int
@@ -53,10 +56,17 @@ def pool(study: Study, records: Iterable[Record]) -> list[Pooled]:
     sign = measure_of(study.figure).sign
     runs = compared_runs(study, records).values()
     methods = [key for key in (*study.methods, *study.best_of) if key != study.baseline]
-    lines = (
-        _pooled(key, sign, [_pairs(study, own[key], own[study.baseline]) for own in runs])
-        for key in methods
-    )
+    lines = []
+    for key in methods:
+        # Cells that share all their runs, as those of a method that does not forget, are one. Those
+        # of a best_of are so only if all its ways are: what it picked may be shared by chance.
+        different = {
+            tuple(tuple(_pairs(study, own[way], own[study.baseline])) for way in ways): pairs
+            for own in runs
+            if (pairs := _pairs(study, own[key], own[study.baseline]))
+            for ways in [study.best_of.get(key, [key])]
+        }
+        lines.append(_pooled(key, sign, different.values()))
     return [line for line in lines if line is not None]
 
 
@@ -73,17 +83,18 @@ def _pairs(study: Study, own: Iterable[Record], baseline: Iterable[Record]) -> P
 
 
 def _pooled(method: str, sign: int, cells: Iterable[Pairs]) -> Pooled | None:
-    # Cells that share all their runs, as those of a method that does not forget, are one.
-    different = {tuple(pairs): sign * np.array(list(pairs.values())) for pairs in cells if pairs}
-    own, baseline = np.concatenate([np.empty((0, 2)), *different.values()]).T
+    figures = [sign * np.array(list(pairs.values())) for pairs in cells]
+    own, baseline = np.concatenate([np.empty((0, 2)), *figures]).T
     gain = gain_over(dict(enumerate(own)), dict(enumerate(baseline)))
     if gain is None:
         return None
-    low, high, _ = t_interval(np.array([np.mean(f[:, 0] - f[:, 1]) for f in different.values()]))
+    of_cells = np.array([np.mean(of_cell[:, 0] - of_cell[:, 1]) for of_cell in figures])
+    low, high, _ = t_interval(of_cells)
     return Pooled(
         method=method,
-        cells=len(different),
+        cells=len(figures),
         gain=replace(gain, mean=sign * gain.mean),
+        gain_of_cells=float(of_cells.mean()),
         low=low,
         high=high,
         above=int(np.sum(own > baseline)),

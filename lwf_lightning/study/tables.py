@@ -124,8 +124,11 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
             str(line.gain.seeds),
             measure.told(line.gain.mean),
             *(
-                _interval(*(measure.told(value, "+") for value in (line.gain.gain, *ends)))
-                for ends in ((line.gain.low, line.gain.high), (line.low, line.high))
+                _interval(*(measure.told(value, "+") for value in values))
+                for values in (
+                    (line.gain.gain, line.gain.low, line.gain.high),
+                    (line.gain_of_cells, line.low, line.high),
+                )
             ),
             f"{line.above} of {line.gain.seeds}",
         )
@@ -136,8 +139,8 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
         "cells",
         "pairs",
         "mean" if measure.sign > 0 else f"mean, {measure.unit}, lower is better",
-        f"gain, {measure.unit} [95 %, of pairs of cell and seed]",
-        "[95 %, of cells]",
+        f"gain, {measure.unit}, over pairs of cell and seed [95 %]",
+        "gain over cells [95 %]",
         "better in",
     )
     return Table(f"all cells, against {study.label(study.baseline)}", headings, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 
 from lwf_lightning.study.command import report
 from lwf_lightning.study.config import Method, Study, Tuning
-from lwf_lightning.study.figures import costs
+from lwf_lightning.study.figures import costs, learning_curves
 from lwf_lightning.study.matrix import Run, asked_for, best_way
 from lwf_lightning.study.missing import missing_runs
 from lwf_lightning.study.pooled import Pooled, pool
@@ -54,25 +55,26 @@ def figure_of(method: str, cell: str, seed: int) -> float:
     return float(np.random.default_rng([len(method), ord(cell), seed]).uniform(0.3, 0.9))
 
 
-def perform(study: Study, sign: int = 1) -> list[dict[str, Any]]:
+def perform(
+    study: Study, sign: int = 1, validated: Mapping[tuple[str, str], float] = VALIDATED
+) -> list[dict[str, Any]]:
     """Records every run; the second learning rate validates best."""
     while runs := missing_runs(study):
         for run in runs:
-            _record(study, run, sign)
+            best = validated.get((run.method, run.cells[0]), 0.6)
+            _record(study, run, sign * (best - 0.1 * (run.setting.get("model.rate") == 1.0)))
     return asked_for(study, read_records(results_file(study)))
 
 
-def _record(study: Study, run: Run, sign: int) -> None:
-    (cell,) = run.cells
-    validated = VALIDATED.get((run.method, cell), 0.6)
-    validated -= 0.1 * (run.setting.get("model.rate") == 1.0)
+def _record(study: Study, run: Run, validated: float) -> None:
+    cell = run.cells[0]
     append_record(
         results_file(study),
         {
-            "run": run.identity, "stage": run.stage, "cells": [cell], "seed": run.seed,
+            "run": run.identity, "stage": run.stage, "cells": list(run.cells), "seed": run.seed,
             "method": run.method, "setting": dict(run.setting), "seconds": 1.0, "peak_memory": 1,
             "figures": {study.figure: figure_of(run.method, cell, run.seed)},
-            "curves": {study.validation_figure: [[1], [sign * (validated + run.seed / 100)]]},
+            "curves": {study.validation_figure: [[1], [validated + run.seed / 1000]]},
             "folder": "none", "log": "none", "commit": "c", "versions": {}, "command": "fit",
         },
     )  # fmt: skip
@@ -134,8 +136,34 @@ def test_it_can_be_what_others_are_measured_against(given: dict[str, Any]) -> No
     differences = [figure_of("vanilla", "b", s) - figure_of("beside", "b", s) for s in study.seeds]
     assert lines["b", "vanilla"].gain.gain == pytest.approx(np.mean(differences))
     assert lines["b", "beside"].gain.gain == 0.0
-    report(study, Console(record=True, width=200))
+    report(study, Console(quiet=True))
     assert "all cells, against LWF" in (study.folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_before_a_way_is_picked_a_report_says_what_it_waits_for(given: dict[str, Any]) -> None:
+    study = Study(**given | {"baseline": "LWF"})
+    for run in missing_runs(study):
+        if run.stage == "comparison" or run.method != "beside":
+            _record(study, run, 0.5)
+    for run in missing_runs(study):
+        if run.stage == "comparison":
+            _record(study, run, 0.5)
+    console = Console(record=True, width=300)
+    report(study, console)
+    assert "once all trials of its ways are" in console.export_text()
+
+
+def test_curves_of_a_best_of_are_those_of_the_way_it_picked(given: dict[str, Any]) -> None:
+    study = Study(**given)
+    runs = [r for r in perform(study) if r["stage"] == "comparison" and r["cells"] == ["b"]]
+    figure = learning_curves(Study(**given | {"baseline": "LWF"}), runs, "beside")
+    assert figure is not None
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["LWF", "method of panel"]
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [
+        "vanilla",
+        "LWF, ahead",
+    ]
 
 
 def pooled_of(study: Study, records: list[dict[str, Any]]) -> dict[str, Pooled]:
@@ -178,6 +206,34 @@ def test_cells_with_the_same_runs_count_once(given: dict[str, Any]) -> None:
     assert pooled_of(wider, records)["ahead"].cells == 2
 
 
+def test_a_choice_of_the_baseline_counts_in_every_cell(given: dict[str, Any]) -> None:
+    """Twice it gains nothing, once something: what the rule gains on average is a third of that."""
+    cells = {name: {"data.forgetting_tasks": [name]} for name in "abc"}
+    methods = {"vanilla": Method({"model.schedule": "never"}, uses_forgetting=False),
+               "ahead": given["methods"]["ahead"]}  # fmt: skip
+    study = Study(
+        **given | {"cells": cells, "methods": methods, "best_of": {"best": ["vanilla", "ahead"]}}
+    )
+    validated = {("ahead", cell): value for cell, value in zip("abc", (0.3, 0.4, 0.9), strict=True)}
+    line = pooled_of(study, perform(study, validated=validated))["best"]
+    gains = [figure_of("ahead", "c", seed) - figure_of("vanilla", "a", seed) for seed in range(3)]
+    assert (line.cells, line.gain.seeds) == (3, 9)
+    assert_close(line.gain_of_cells, float(np.mean(gains)) / 3)
+
+
+def test_cells_weigh_alike_however_many_seeds_they_have(given: dict[str, Any]) -> None:
+    study = Study(**given)
+    records = [r for r in perform(study) if not (r["cells"] == ["b"] and r["seed"] in (1, 2))]
+    line = pooled_of(study, records)["ahead"]
+    gains = {
+        cell: [figure_of("ahead", cell, s) - figure_of("vanilla", cell, s) for s in seeds]
+        for cell, seeds in (("a", (0, 1, 2)), ("b", (0,)))
+    }
+    assert_close(line.gain.gain, float(np.mean([*gains["a"], *gains["b"]])), atol=1e-9, rtol=0)
+    assert_close(line.gain_of_cells, float(np.mean([np.mean(own) for own in gains.values()])))
+    assert line.low < line.gain_of_cells < line.high
+
+
 def test_one_cell_is_nothing_to_pool(given: dict[str, Any]) -> None:
     study = Study(**given | {"cells": {"a": {"model.name": "a"}}})
     assert pool(study, perform(study)) == []
@@ -203,6 +259,9 @@ def test_with_one_pair_there_is_no_interval(given: dict[str, Any]) -> None:
          "best_of.LWF: nothing is chosen without tuning"),
         ({"baseline": "plain"}, "baseline: 'plain' is no key of methods: vanilla, ahead, beside"),
         ({"ceiling": "LWF"}, "ceiling: 'LWF' is no key of methods"),
+        ({"ceiling": "beside"}, "best_of.LWF: beside is the ceiling"),
+        ({"best_of": {"LWF, ahead": ["ahead", "beside"]}}, "two are called 'LWF, ahead'"),
+        ({"cells": {"a/b": {}}}, "cells: 'a/b' holds a slash"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_chosen_from_is_refused(

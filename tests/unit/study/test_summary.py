@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lwf_lightning.study.config import Method, Study
-from lwf_lightning.study.figures import costs, gains
+from lwf_lightning.study.figures import Pictures, costs, draw_all, gains
 from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.statistics import adjusted_p_values, gain_over
@@ -81,9 +81,23 @@ def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
     pictures = [gains(study, own), gain_map(study, own)]
     assert pictures[0].axes[0].get_xlabel().startswith(axis)
     assert pictures[1].get_supylabel().startswith(axis)
-    write_page(study, own, [], [], [], {}, tmp_path / "index.html")
+    write_page(study, own, [], [], [], Pictures(None, {}), tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert "in nats of <code>test/loss</code>, of which less is better" in page
+
+
+def test_a_page_names_all_versions_and_keeps_the_pictures_of_cells_apart(tmp_path: Path) -> None:
+    study = Study(**{**vars(make(output=str(tmp_path))), "cells": {"a": {}, "a: b": {}}})
+    found = [record | {"cells": list(study.cells), "commit": "c", "command": "fit", "log": "none", "folder": "none"}
+             for record in records()]  # fmt: skip
+    for number, record in enumerate(found):
+        record["versions"] = {"torch": "2.13" if number % 2 else "2.14", "python": "3.11"}
+    drawn = draw_all(study, summarize(study, found), found)
+    assert {cell: len(own) for cell, own in drawn.cells.items()} == {"a": 2, "a: b": 2}
+    write_page(study, summarize(study, found), [], found, [], drawn, tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text()
+    assert "torch 2.14 and 2.13, python 3.11" in page
+    assert page.count("<img") == 4
 
 
 def test_a_run_that_cells_share_is_tested_once() -> None:
