@@ -201,7 +201,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         if self._trainer is not None:
             shard(self.model, self.trainer)
         if self.needs_base_weights:
-            # Before a checkpoint is restored: these stay the base weights in a resumed run.
+            # Before a checkpoint is restored: these stay the base weights of a run that goes on.
             self.base_weights = copy_weights(self.model)
 
     @property
@@ -281,6 +281,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self._arguments = [arguments_of(optimizer) for optimizer in self.trainer.optimizers]
         if not self.needs_base_weights:
             return
+        if self.trainer.ckpt_path is None:  # the module may have been trained or loaded by now
+            self.base_weights = copy_weights(self.model)
         if self.base_weights is None:
             raise ValueError("the base weights are missing: let configure_model load the model")
         self._place_base_weights()
