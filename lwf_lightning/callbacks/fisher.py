@@ -191,6 +191,11 @@ class FisherCallback(L.Callback):
         if _is_plain(pl_module):
             return
         if isinstance(pl_module, LWFModule):
+            if self.forget_batches is not None:  # the scores would be of other texts
+                raise ValueError(
+                    "FisherCallback's forget_batches are for a module of your own: an LWFModule "
+                    "unlearns the self-knowledge of its datamodule; leave them out"
+                )
             if pl_module.schedule.starts_ahead and not self.should_refresh(0) and not self.scores:
                 raise ValueError(
                     f"schedule {pl_module.schedule.kind!r} unlearns before the first learning "
