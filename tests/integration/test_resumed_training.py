@@ -186,3 +186,31 @@ def test_resuming_with_other_self_knowledge_is_refused(
         make_trainer(callbacks=[make_callback()]).fit(
             make_module(), make_data(forgetting_prompts=5), ckpt_path=str(tmp_path / "two.ckpt")
         )
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_what_a_checkpoint_keeps_of_its_run_is_left_alone_where_nothing_is_trained(
+    stage: str,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def fit(**options: Any) -> tuple[Any, ...]:
+        callback, module, data = make_callback(), make_module(), make_data(**options)
+        trainer = make_trainer(max_steps=2, callbacks=[callback], limit_val_batches=1)
+        trainer.fit(module, data)
+        return trainer, module, data, callback
+
+    other, *_, scored = fit(forgetting_prompts=5, seed=1)
+    other.save_checkpoint(tmp_path / "other.ckpt")
+    Path(scored.tensors_file).unlink()
+    trainer, module, data, callback = fit()
+    kept = data.forget_set, callback.forget_set, callback.scores, callback.tensors_file
+    recwarn.clear()
+    getattr(trainer, stage)(module, data, ckpt_path=str(tmp_path / "other.ckpt"))
+    assert (data.forget_set, callback.forget_set, callback.scores, callback.tensors_file) == kept
+    said = [str(warning.message) for warning in recwarn]
+    assert not [text for text in said if "is gone" in text or "data.init_args.seed" in text]
