@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from opcode import opmap
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lwf_lightning.cli_help import fail
-from lwf_lightning.errors import NonFiniteLossError
 
 _PACKAGE = Path(__file__).parent
 _WORDS = {
@@ -122,9 +121,9 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OSError, NonFiniteLossError) as error:
+    except (ValueError, TypeError, OSError) as error:
         deliberate = (
-            isinstance(error, (FileNotFoundError, NonFiniteLossError))
+            isinstance(error, FileNotFoundError)
             or str(error).startswith("Does not validate")
             or _raised_here(error)
         )
@@ -190,8 +189,15 @@ def _meant(name: str, known: Sequence[str]) -> str:
 
 
 def _raised_here(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+    """Whether a ``raise`` of the package is behind it, and not what Python or torch found wrong."""
+    place = error.__traceback__
+    if place is None:
+        return False
+    while place.tb_next is not None:
+        place = place.tb_next
+    code = place.tb_frame.f_code
+    is_raise = code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
+    return is_raise and Path(code.co_filename).is_relative_to(_PACKAGE)
 
 
 def _options_of(class_path: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lwf_lightning.data.arguments import check_arguments
@@ -375,7 +376,9 @@ class LWFDataModule(EvaluationDataMixin):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues with the next batch and the same forget set."""
+        """Continues with the next batch and the same forget set; of no use but in a fit."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
         if state_dict["seed"] != self.seed:
             warnings.warn(
                 f"the checkpoint was made with data.init_args.seed={state_dict['seed']}, now it is "

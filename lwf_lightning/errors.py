@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 
-class NonFiniteLossError(RuntimeError):
-    """Too many steps in a run had a NaN or infinite gradient; its checkpoints are untouched."""
+class NonFiniteLossError(ValueError):
+    """The numbers exploded: losses, gradients or scores are NaN or infinite.
+
+    Said by a run with too many such steps, whose checkpoints are untouched, and by the probe, the
+    Fisher information and the scores of texts.
+    """
 
 
 class DamagedFileError(ValueError):

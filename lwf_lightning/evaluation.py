@@ -82,6 +82,7 @@ class EvaluationMixin(L.LightningModule):
         self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
         """Answers each prompt: rows of prompt, answer, what was read of it, reference, correct."""
+        self._check_batch(batch)
         task = self._data.tasks[batch.task]
         answers = self._generate(batch)
         rows = []
@@ -129,7 +130,16 @@ class EvaluationMixin(L.LightningModule):
         # Summed negative log-likelihood of the gold answers, and their tokens, per loader.
         self._losses: dict[int, Tensor] = {}
 
+    def _check_batch(self, batch: object) -> None:
+        if not (isinstance(batch, EvalBatch) and isinstance(self._data, EvaluationDataMixin)):
+            raise TypeError(
+                f"LWFModule expects an EvalBatch of LWFDataModule, got {type(batch).__name__}: "
+                "give datamodule=LWFDataModule(...) in place of loaders of your own, or override "
+                "validation_step, test_step and predict_step"
+            )
+
     def _count(self, batch: EvalBatch, loader: int) -> None:
+        self._check_batch(batch)
         if batch.kind == "choice":
             predicted, sums, counts = self._predict_choices(batch)
             self._accuracies.setdefault(loader, ChoiceAccuracy().to(self.device))
@@ -169,7 +179,8 @@ class EvaluationMixin(L.LightningModule):
     def _report(self, stage: str) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.log("step", float(self.trainer.global_step))
-        for loader, name in enumerate(self._data.eval_names(stage)):
+        names = self._data.eval_names(stage) if self._accuracies else []  # a subclass counts itself
+        for loader, name in enumerate(names):
             if loader in self._accuracies:  # else Lightning's limits left its loader empty
                 self.log(name, self._accuracies[loader].compute(), prog_bar=loader == 0)
         if 0 in self._losses:

@@ -62,7 +62,8 @@ class LearningMixin(L.LightningModule):
         if self._is_finite(sum(figures.values(), norm), "learning"):
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
-            cast(Any, self.lr_schedulers()).step()
+            if (schedule := cast(Any, self.lr_schedulers())) is not None:
+                schedule.step()
             # The x-axis of what this step logs: its number. Lightning's own would count batches.
             self.log("step", float(self.trainer.global_step))
             self.log("train/loss", figures.pop("train/loss"), prog_bar=True)

@@ -43,6 +43,7 @@ from lwf_lightning.optimization import (
     arguments_of,
     build_adamw,
     build_learning_rate_schedule,
+    check_optimizers,
     take_arguments,
     take_peak_rates,
 )
@@ -201,7 +202,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         if self._trainer is not None:
             shard(self.model, self.trainer)
         if self.needs_base_weights:
-            # Before a checkpoint is restored: these stay the base weights in a resumed run.
+            # Before a checkpoint is restored: these stay the base weights of a run that goes on.
             self.base_weights = copy_weights(self.model)
 
     @property
@@ -243,7 +244,10 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         return model
 
     def configure_optimizers(self) -> Any:
-        """AdamW for learning with its schedule; if the run unlearns, another for unlearning."""
+        """AdamW for learning with its schedule; if the run unlearns, another for unlearning.
+
+        An override returns the like; it may leave out the schedule.
+        """
         steps = self.trainer.estimated_stepping_batches
         if not 0 <= steps < float("inf"):  # -1: epochs of a loader without a length
             raise ValueError(
@@ -263,8 +267,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             learning_steps=int(steps),
             warmup_ratio=self.hparams["warmup_ratio"],
         )
+        by_step = {"scheduler": schedule, "interval": "step"}
         if not self.schedule.unlearns:
-            return [learning], [schedule]
+            return [learning], [by_step]
         # Its own moments: an ascent step through learning's would pollute both.
         unlearning = build_adamw(
             self.model.parameters(),
@@ -272,15 +277,18 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             weight_decay=0.0,
             betas=betas,
         )
-        return [learning, unlearning], [schedule]
+        return [learning, unlearning], [by_step]
 
     def on_fit_start(self) -> None:
         """Elicits the self-knowledge from the base weights; the cache makes that quick again."""
         super().on_fit_start()
+        check_optimizers(self.trainer, unlearns=self.schedule.unlearns)
         # Before a checkpoint brings those of its run along.
         self._arguments = [arguments_of(optimizer) for optimizer in self.trainer.optimizers]
         if not self.needs_base_weights:
             return
+        if self.trainer.ckpt_path is None:  # the module may have been trained or loaded by now
+            self.base_weights = copy_weights(self.model)
         if self.base_weights is None:
             raise ValueError("the base weights are missing: let configure_model load the model")
         self._place_base_weights()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.shards import local, ranks_of_shards
+
+if TYPE_CHECKING:
+    import lightning as L
 
 LearningRateSchedule: TypeAlias = Literal["constant", "linear", "cosine"]
 
@@ -117,6 +120,24 @@ def build_learning_rate_schedule(
         num_warmup_steps=round(warmup_ratio * learning_steps),
         num_training_steps=learning_steps,
     )
+
+
+def check_optimizers(trainer: L.Trainer, *, unlearns: bool) -> None:
+    """Raises ``ValueError`` if an override of configure_optimizers left out what the steps need.
+
+    Args:
+        trainer: Has the optimizers and schedulers by now.
+        unlearns: Whether the run unlearns.
+    """
+    found = len(trainer.optimizers)
+    intervals = [config.interval for config in trainer.lr_scheduler_configs]
+    if found != 1 + unlearns or intervals not in ([], ["step"]):
+        raise ValueError(
+            f"configure_optimizers must return {'two optimizers' if unlearns else 'one optimizer'} "
+            "(of learning and, unless schedule is never, of unlearning) and at most one scheduler, "
+            "{'scheduler': ..., 'interval': 'step'}, which every learning step steps; got "
+            f"{found} and {intervals}"
+        )
 
 
 def arguments_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -16,9 +16,7 @@ def print_results(results: Sequence[Mapping[str, Any]], stage: str) -> None:
         results: What was logged, a mapping per loader; ours hold the figures of all tasks alike.
         stage: ``validate`` or ``test``.
     """
-    figures = {
-        name.split("/dataloader_idx_")[0]: value for own in results for name, value in own.items()
-    }
+    figures = {name: value for own in results for name, value in own.items()}
     table = Table()
     table.add_column(stage, no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)

@@ -92,6 +92,7 @@ class FisherCallback(L.Callback):
     """
 
     chooses_forget_set = True
+    _fits = True
 
     def __init__(
         self,
@@ -166,7 +167,8 @@ class FisherCallback(L.Callback):
 
         Has the base weights of another project's module kept; an LWFModule keeps its own.
         """
-        if stage != "fit":
+        self._fits = stage == "fit"
+        if not self._fits:
             return
         self.scores = self.forget_set = self.tensors_file = None
         self.refreshed_at = -1
@@ -191,6 +193,11 @@ class FisherCallback(L.Callback):
         if _is_plain(pl_module):
             return
         if isinstance(pl_module, LWFModule):
+            if self.forget_batches is not None:  # the scores would be of other texts
+                raise ValueError(
+                    "FisherCallback's forget_batches are for a module of your own: an LWFModule "
+                    "unlearns the self-knowledge of its datamodule; leave them out"
+                )
             if pl_module.schedule.starts_ahead and not self.should_refresh(0) and not self.scores:
                 raise ValueError(
                     f"schedule {pl_module.schedule.kind!r} unlearns before the first learning "
@@ -374,7 +381,9 @@ class FisherCallback(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state back; a Fisher file that is gone is only needed to be looked at."""
+        """Takes the state back in a fit; a Fisher file is only needed to be looked at."""
+        if not self._fits:  # a test of another run's checkpoint says nothing of this one
+            return
         scores = state_dict["scores"]
         self.scores = None if scores is None else ForgettingConfidence(**scores)
         self.forget_set = state_dict["forget_set"]

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from lwf_lightning.data.batch import Batch, padded_right
 from lwf_lightning.data.passes import take_texts
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.forgetting.gradients import TextLoss
 from lwf_lightning.forgetting.weights import copy_weights, exchange, required_parameters
 from lwf_lightning.losses import labelled_tokens
@@ -55,8 +56,9 @@ def probe_anchor(
         One tensor per trainable parameter, of its shape and dtype.
 
     Raises:
-        ValueError: If nothing trains, there is no batch, one has nothing to learn, the learning
-            rate is not above 0, or the loss stops being finite.
+        ValueError: If nothing trains, there is no batch, one has nothing to learn, or the learning
+            rate is not above 0.
+        NonFiniteLossError: If the loss stops being finite; a ValueError, too.
     """
     if not batches:
         raise ValueError("the probe needs at least one batch of the learning task")
@@ -96,7 +98,7 @@ def probe_anchor(
                 share = {key: value.to(device) for key, value in share.items()}
                 total = ranks.sum(_backward(model, share, text_loss, bool(mine) / terms))
                 if not bool(torch.isfinite(total)):
-                    raise ValueError(
+                    raise NonFiniteLossError(
                         f"the probe's loss became {total.item()} at step {step + 1}; "
                         f"lower its learning rate (now {learning_rate:g})"
                     )

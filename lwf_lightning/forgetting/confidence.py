@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.forgetting.gradient_rules import work_dtype
 from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
 from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
@@ -119,8 +120,9 @@ def forgetting_confidence(
 
     Raises:
         ValueError: If ``fisher`` or ``anchor`` does not fit the model, ``alpha`` is not above
-            0 or infinite, ``text_step`` is unknown, there is no text, nothing trains, a text has
-            no label, or its loss or score is not finite.
+            0 or infinite, ``text_step`` is unknown, there is no text, nothing trains, or a text
+            has no label.
+        NonFiniteLossError: If the loss or the score of a text is not finite; a ValueError, too.
     """
     if alpha is not None:
         check_alpha(alpha)
@@ -145,7 +147,7 @@ def forgetting_confidence(
     finite = torch.isfinite(alignment) & torch.isfinite(sensitivity)
     if not bool(finite.all()):
         text = int((~finite).nonzero()[0])
-        raise ValueError(
+        raise NonFiniteLossError(
             f"the score of text {text} (counted from 0 in the order of the batches) is not "
             f"finite: alignment {alignment[text].item()}, sensitivity {sensitivity[text].item()}"
         )

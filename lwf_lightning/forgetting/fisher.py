@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lwf_lightning.data.batch import Batch
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.forgetting.gradient_rules import work_dtype
 from lwf_lightning.forgetting.gradient_sinks import ParameterSink, as_matrix
 from lwf_lightning.forgetting.gradients import TextLoss, reduce_gradients
@@ -66,8 +67,9 @@ def diagonal_fisher(
         its device, at least 0; trainable parameters only, a tied one once.
 
     Raises:
-        ValueError: If there is no text, nothing trains, a text has no label, a loss or the
-            result is not finite, or ``estimator`` is unknown or does not go with ``text_loss``.
+        ValueError: If there is no text, nothing trains, a text has no label, or ``estimator`` is
+            unknown or does not go with ``text_loss``.
+        NonFiniteLossError: If a loss or the result is not finite; a ValueError, too.
     """
     sums, texts = fisher_sums(
         model,
@@ -83,7 +85,7 @@ def diagonal_fisher(
         total /= texts
         held = local(total)
         if held.numel() and not bool(torch.isfinite(held.amax())):  # no square is below 0
-            raise ValueError(f"the Fisher information of {name} is not finite")
+            raise NonFiniteLossError(f"the Fisher information of {name} is not finite")
     return sums
 
 

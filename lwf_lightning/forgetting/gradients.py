@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.forgetting.gradient_blocks import BlockWriter
 from lwf_lightning.forgetting.gradient_sinks import GradientSink
 from lwf_lightning.forgetting.module_calls import ModuleCalls
@@ -71,8 +72,9 @@ def reduce_gradients(
         How many texts this process has handed over.
 
     Raises:
-        ValueError: If nothing trains, there is no text, a text has no label, or a loss is not
-            finite or not of shape (texts,).
+        ValueError: If nothing trains, there is no text, a text has no label, or a loss is not of
+            shape (texts,).
+        NonFiniteLossError: If a loss is not finite; a ValueError, too.
     """
     parameters = required_parameters(model)
     batches = list(batches)
@@ -212,7 +214,7 @@ class _Engine:
             raise ValueError("the loss of the texts depends on no trainable parameter")
         if not bool(torch.isfinite(losses).all()):
             row = int((~torch.isfinite(losses)).nonzero()[0])
-            raise ValueError(
+            raise NonFiniteLossError(
                 f"the loss of text {self.texts + row} (counted from 0 in the order of the "
                 f"batches) is {losses[row].item()}"
             )

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lwf_lightning.cli import main
+from lwf_lightning import LWFDataModule, LWFModule, LWFTrainer
+from lwf_lightning.cli import SaveFitConfig, main
 from lwf_lightning.cli_errors import plain_warnings
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,26 @@ def test_a_saved_configuration_runs_again(run: Callable[..., Any]) -> None:
     saved = Path(run("fit").trainer.log_dir) / "config.yaml"
     again = main(["fit", "--config", str(saved)])
     assert again.trainer.global_step == 4
+
+
+def test_a_command_line_of_ones_own_goes_on_in_its_run(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    for steps in ("2", "4"):
+        cli = LightningCLI(
+            LWFModule,
+            LWFDataModule,
+            trainer_class=LWFTrainer,
+            save_config_callback=SaveFitConfig,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=["fit", f"--config={path}", "--ckpt_path=last", f"--trainer.max_steps={steps}"],
+        )
+    assert cli.trainer.global_step == 4
+    (run,) = (tmp_path / "runs").iterdir()
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 4
 
 
 def test_score_writes_what_a_person_can_read(

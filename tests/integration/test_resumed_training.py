@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 
+from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights
+
 Make = Callable[..., Any]
 
 
@@ -139,6 +141,41 @@ def test_a_second_fit_of_the_same_objects_starts_anew(
         make_trainer().fit(make_module(), data)
 
 
+@pytest.mark.parametrize("way", ["fitted", "fitted with LoRA", "tested", "loaded"])
+def test_a_fit_looks_back_at_the_weights_that_the_module_held_when_it_began(
+    way: str, make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"]) if "LoRA" in way else None
+    options = {"unlearning_interval": 1, "without_scores": "use_all", "lora": lora}
+    module, file = make_module(**options), tmp_path / "two.ckpt"
+    first = make_trainer(max_steps=2)
+    first.fit(module, make_data())
+    first.save_checkpoint(file)
+    if way == "tested":
+        module = make_module(**options)
+        make_trainer().test(module, make_data(), ckpt_path=str(file))
+    elif way == "loaded":
+        module = type(module).load_from_checkpoint(file)
+    before, data = copy_weights(module.model), make_data()
+    make_trainer(max_steps=2).fit(module, data)
+    torch.testing.assert_close(module.base_weights, before, rtol=0, atol=0)
+    with exchanged_weights(module.model, before):
+        asked = [example.prompt for _, example in data.forgetting_examples]
+        assert data.answers_of(module.model, {"forget": asked}) == data.self_knowledge
+
+
+def test_a_fit_that_goes_on_with_used_objects_looks_back_at_where_its_run_began(
+    make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    module = make_module(unlearning_interval=1, without_scores="use_all")
+    first = make_trainer(max_steps=2)
+    first.fit(module, make_data())
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    began_at = {name: weight.clone() for name, weight in module.base_weights.items()}
+    make_trainer(max_steps=3).fit(module, make_data(), ckpt_path=str(tmp_path / "two.ckpt"))
+    torch.testing.assert_close(module.base_weights, began_at, rtol=0, atol=0)
+
+
 def test_resuming_with_other_self_knowledge_is_refused(
     make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make, tmp_path: Path
 ) -> None:
@@ -149,3 +186,31 @@ def test_resuming_with_other_self_knowledge_is_refused(
         make_trainer(callbacks=[make_callback()]).fit(
             make_module(), make_data(forgetting_prompts=5), ckpt_path=str(tmp_path / "two.ckpt")
         )
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_what_a_checkpoint_keeps_of_its_run_is_left_alone_where_nothing_is_trained(
+    stage: str,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def fit(**options: Any) -> tuple[Any, ...]:
+        callback, module, data = make_callback(), make_module(), make_data(**options)
+        trainer = make_trainer(max_steps=2, callbacks=[callback], limit_val_batches=1)
+        trainer.fit(module, data)
+        return trainer, module, data, callback
+
+    other, *_, scored = fit(forgetting_prompts=5, seed=1)
+    other.save_checkpoint(tmp_path / "other.ckpt")
+    Path(scored.tensors_file).unlink()
+    trainer, module, data, callback = fit()
+    kept = data.forget_set, callback.forget_set, callback.scores, callback.tensors_file
+    recwarn.clear()
+    getattr(trainer, stage)(module, data, ckpt_path=str(tmp_path / "other.ckpt"))
+    assert (data.forget_set, callback.forget_set, callback.scores, callback.tensors_file) == kept
+    said = [str(warning.message) for warning in recwarn]
+    assert not [text for text in said if "is gone" in text or "data.init_args.seed" in text]

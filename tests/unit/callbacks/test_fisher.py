@@ -223,6 +223,19 @@ def test_a_foreign_module_without_data_or_model_is_refused(
         fit(module, learn, 1, FisherCallback(learning_batches=learn, forget_batches=learn))
 
 
+def test_texts_of_ones_own_are_refused_with_a_module_that_unlearns_its_datamodules(
+    make_module: Callable[..., Any],
+    make_data: Callable[..., Any],
+    make_trainer: Callable[..., Any],
+    make_texts: Callable[..., Any],
+) -> None:
+    callback = FisherCallback(forget_batches=list(batches_of(make_texts(6), 1, 0)), probe_steps=1)
+    data = make_data()
+    with pytest.raises(ValueError, match=r"forget_batches .*leave them out"):
+        make_trainer(callbacks=[callback]).fit(make_module(), data)
+    assert data.self_knowledge is None
+
+
 class Later(Foreign):
     """A module that makes its model ready in its own setup, which is after the callbacks'."""
 

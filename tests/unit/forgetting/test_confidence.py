@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import batches_of
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.forgetting import gradient_sinks
 from lwf_lightning.forgetting.confidence import (
     ForgettingConfidence,
@@ -262,7 +263,7 @@ def test_a_score_that_is_not_finite_is_named(
     model, texts = oracle.make_model("llama"), make_texts(3)
     huge = {name: torch.full_like(p, 1e36) for name, p in model.named_parameters()}
 
-    with pytest.raises(ValueError, match=r"score of text 0 .* not finite"):
+    with pytest.raises(NonFiniteLossError, match=r"score of text 0 .* not finite"):
         forgetting_confidence(
             model,
             batches_of(texts, 3, oracle.PAD),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lwf_lightning.data.batch import Batch, batches_of
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.forgetting.confidence import forgetting_confidence
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.losses import per_text_loss
@@ -92,7 +93,7 @@ def test_a_loss_that_is_not_finite_is_named(
     batches = list(batches_of(make_texts(6), 2, oracle.PAD))
     batches[1]["input_ids"][1, 0] = 36
 
-    with pytest.raises(ValueError, match=r"loss of text 3 .* is inf"):
+    with pytest.raises(NonFiniteLossError, match=r"loss of text 3 .* is inf"):
         diagonal_fisher(oracle.make_model("llama"), batches, text_loss=loss)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lwf_lightning import FisherCallback
 from lwf_lightning.data.batch import batches_of
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.files import locked
 from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.forgetting.probe_cache import shared_probe
@@ -96,7 +97,7 @@ def test_a_damaged_file_is_named_and_replaced(ask: Asked, make_llama: Make, leng
 
 
 def test_nothing_is_left_of_a_probe_that_failed(ask: Asked, make_llama: Make) -> None:
-    with pytest.raises(ValueError, match="the probe's loss became"):
+    with pytest.raises(NonFiniteLossError, match="the probe's loss became"):
         ask(make_llama(), rate=float("inf"))
     assert not list(ask.folder.glob("*.safetensors"))
     ask(make_llama(), rate=1e-2)

@@ -1,0 +1,100 @@
+"""Which errors are one line, and which keep their traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lwf_lightning import cli_errors
+from lwf_lightning.cli_errors import clear_errors
+from lwf_lightning.errors import NonFiniteLossError
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the functions of this file count as the package's."""
+    monkeypatch.setattr(cli_errors, "_PACKAGE", Path(__file__).parent)
+
+
+def in_a_line() -> None:
+    raise ValueError("raised on purpose")
+
+
+def over_lines() -> None:
+    raise TypeError(
+        "raised "
+        + str.lower(
+            "ON",
+        )
+        + " purpose"
+    )
+
+
+def by_a_helper() -> None:
+    list(map(_refuse, [1]))
+
+
+def _refuse(value: int) -> None:
+    if value:
+        raise NonFiniteLossError(f"raised {'on'} purpose")
+
+
+def from_another() -> None:
+    try:
+        int("one")
+    except ValueError as error:
+        message = "raised on purpose"
+        raise ValueError(message) from error
+
+
+def again() -> None:
+    try:
+        in_a_line()
+    except ValueError:
+        torch.zeros(1)
+        raise
+
+
+@pytest.mark.parametrize("deliberate", [in_a_line, over_lines, by_a_helper, from_another, again])
+def test_what_our_code_raises_is_one_line(
+    deliberate: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop, clear_errors():
+        deliberate()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: raised on purpose\n"
+
+
+nothing: Any = None
+
+
+def of_a_builtin() -> None:
+    len(nothing)
+
+
+def of_an_operator() -> None:
+    nothing + 1
+
+
+def of_an_iteration() -> None:
+    list(zip([1], [], strict=True))
+
+
+def of_torch() -> None:
+    torch.zeros(2, dtype="float")  # type: ignore[call-overload]
+
+
+def within_a_raise() -> None:
+    raise ValueError("of " + nothing)
+
+
+@pytest.mark.parametrize(
+    "defect", [of_a_builtin, of_an_operator, of_an_iteration, of_torch, within_a_raise]
+)
+def test_a_defect_of_our_code_keeps_its_traceback(defect: Callable[[], None]) -> None:
+    with pytest.raises((ValueError, TypeError)), clear_errors():
+        defect()
