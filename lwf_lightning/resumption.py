@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.runs import (
     begin_run,
     configuration,
+    is_run,
     is_whole,
     last_whole_checkpoint,
     require_checkpoint,
@@ -130,6 +132,8 @@ class SignalConnector(_SignalConnector):
 class CheckpointConnector(_CheckpointConnector):
     """Lightning's choice of a checkpoint, in which ``last`` means the newest run of this kind."""
 
+    _own: Path | None = None  # the folder of the run that this trainer has begun, or goes on with
+
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         """Loads tensors and primitives only, whatever the strategy."""
         if weights_only is False:
@@ -156,10 +160,15 @@ class CheckpointConnector(_CheckpointConnector):
                 "These are the weights of the base model; --ckpt_path last takes those of the "
                 "newest run of this configuration"
             )
-        saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
-        if saves and trainer.is_global_zero:
-            # Before anything else is there, so that a run is known from its first moment.
-            begin_run(trainer.run_folder, self._configuration())
+        if trainer.is_global_zero:
+            root = trainer.default_root_dir
+            if trainer.run_folder != self._own and is_run(trainer.run_folder):
+                # Another trainer's run has begun there since this one was made.
+                self._write_to(Path(BoardLogger(root).log_dir), {})
+            if state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None:
+                # Before anything else is there, so that a run is known from its first moment.
+                begin_run(trainer.run_folder, self._configuration())
+                self._own = trainer.run_folder
         return path
 
     def _parse_ckpt_path(
@@ -194,11 +203,8 @@ class CheckpointConnector(_CheckpointConnector):
                 f"--ckpt_path last: there is no run of this configuration in {root}: one begins"
             )
             return None
-        trainer.run_folder = run
-        logs = {} if path is None else run_state(path)["logs"]
-        for logger in trainer.loggers:
-            if isinstance(logger, (BoardLogger, TableLogger)):
-                logger.continue_run(run, logs.get(type(logger).__name__, {}))
+        self._own = run
+        self._write_to(run, {} if path is None else run_state(path)["logs"])
         where = "from the beginning" if path is None else f"from {path.name}"
         rank_zero_info(f"The run in {run} goes on {where}")
         return path
@@ -218,6 +224,13 @@ class CheckpointConnector(_CheckpointConnector):
             rank_zero_warn(f"{run} was interrupted before its first checkpoint: it is passed over")
         what = "no checkpoint of a run" if runs else "no run"
         raise ValueError(f"--ckpt_path last: {root} has {what} of this configuration")
+
+    def _write_to(self, folder: Path, logs: Mapping[str, Any]) -> None:
+        trainer: Any = self.trainer
+        trainer.run_folder = folder
+        for logger in trainer.loggers:
+            if isinstance(logger, (BoardLogger, TableLogger)):
+                logger.continue_run(folder, logs.get(type(logger).__name__, {}))
 
     def _configuration(self) -> dict[str, Any]:
         trainer: Any = self.trainer

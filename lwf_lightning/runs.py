@@ -76,6 +76,11 @@ def begin_run(folder: Path, values: Mapping[str, Any]) -> None:
         (new / _RUN_FILE).write_text(text, encoding="utf-8")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder."""
+    return (folder / _RUN_FILE).is_file()
+
+
 def runs_of(root: Path, values: Mapping[str, Any]) -> list[Path]:
     """The run folders of this configuration, newest first; newer ones of others are named.
 
@@ -169,6 +174,6 @@ def _newest_first(root: Path) -> Iterator[Path]:
     numbered = {
         int(folder.name.removeprefix("version_")): folder
         for folder in root.glob("version_*")
-        if re.fullmatch(r"version_\d+", folder.name) and (folder / _RUN_FILE).is_file()
+        if re.fullmatch(r"version_\d+", folder.name) and is_run(folder)
     }
     yield from (numbered[number] for number in sorted(numbered, reverse=True))
