@@ -136,24 +136,6 @@ def test_a_run_that_has_finished_has_nothing_left_to_do(
     assert Path(str(trainer.log_dir)).name == "version_0"
 
 
-def test_trainers_made_before_the_first_fit_have_a_folder_each(
-    make_module: Make, make_data: Make, make_trainer: Make
-) -> None:
-    trainers = [make_trainer(max_steps=steps) for steps in (2, 3)]
-    for trainer in trainers:
-        trainer.fit(make_module(schedule="never"), make_data())
-    for number, (trainer, rows) in enumerate(zip(trainers, (2, 3), strict=True)):
-        folder = Path(str(trainer.log_dir))
-        assert folder.name == f"version_{number}"
-        assert [path.name for path in saved(trainer)] == [f"step-{rows:06d}.ckpt"]
-        assert (folder / "metrics.csv").read_text().count("\n") == 1 + rows
-        assert list(folder.glob("events*"))
-    third, fourth = make_trainer(max_steps=4), make_trainer(max_steps=1)
-    third.fit(make_module(schedule="never"), make_data(), ckpt_path="last")  # which is the second
-    fourth.fit(make_module(schedule="never"), make_data())
-    assert [Path(str(t.log_dir)).name for t in (third, fourth)] == ["version_1", "version_2"]
-
-
 class TimeIsUp(Timer):
     """``trainer.max_time``, counted in steps."""
 
