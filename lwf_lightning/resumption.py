@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lwf_lightning.callbacks.checkpoint import StepCheckpoint, time_is_up
+from lwf_lightning.checkpoint_io import check_loads
 from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.runs import (
     begin_run,
@@ -143,6 +144,12 @@ class CheckpointConnector(_CheckpointConnector):
             )
         super().resume_start(checkpoint_path, weights_only=True)
 
+    def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
+        """Refuses at once to save what no run could go on with."""
+        checkpoint: dict[str, Any] = super().dump_checkpoint(weights_only)
+        check_loads(checkpoint)
+        return checkpoint
+
     def _select_ckpt_path(
         self,
         state_fn: TrainerFn,
@@ -160,12 +167,16 @@ class CheckpointConnector(_CheckpointConnector):
                 "These are the weights of the base model; --ckpt_path last takes those of the "
                 "newest run of this configuration"
             )
+        saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
+        for part in (trainer.lightning_module, trainer.datamodule):
+            if saves and part is not None:
+                check_loads({part.CHECKPOINT_HYPER_PARAMS_KEY: dict(part.hparams)})
         if trainer.is_global_zero:
             root = trainer.default_root_dir
             if trainer.run_folder != self._own and is_run(trainer.run_folder):
                 # Another trainer's run has begun there since this one was made.
                 self._write_to(Path(BoardLogger(root).log_dir), {})
-            if state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None:
+            if saves:
                 # Before anything else is there, so that a run is known from its first moment.
                 begin_run(trainer.run_folder, self._configuration())
                 self._own = trainer.run_folder

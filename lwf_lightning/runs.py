@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lwf_lightning.checkpoint_io import check_whole
+from lwf_lightning.checkpoint_io import check_whole, refusal_named
 from lwf_lightning.errors import DamagedFileError
 from lwf_lightning.files import whole_file, whole_folder
 from lwf_lightning.fsdp2 import check_sharded
@@ -178,9 +178,13 @@ def run_state(checkpoint: Path) -> dict[str, Any]:
     """What StepCheckpoint noted about the run: its folder, the step, and where its logs were.
 
     Empty for a checkpoint that was saved without it.
+
+    Raises:
+        DamagedFileError: If it holds more than tensors and primitives.
     """
     file = _state_file(checkpoint)
-    content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    with refusal_named(file):
+        content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     return dict(content.get("run", {}))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 
-from lwf_lightning import LWFDataModule
+from lwf_lightning import LWFDataModule, LWFModule
+from lwf_lightning.callbacks import StepCheckpoint
 from lwf_lightning.runs import begin_run, configuration, runs_of
 
 Make = Callable[..., Any]
@@ -103,3 +104,27 @@ def test_another_class_is_another_run_but_to_runs_that_noted_none(
     before = {key: value for key, value in noted.items() if not key.endswith("class_path")}
     (run / "run.json").write_text(json.dumps(before), encoding="utf-8")
     assert runs_of(tmp_path, configuration(trainer, module, Derived(4))) == [run]
+
+
+class WithFolder(LWFModule):
+    def __init__(self, folder: Path, **others: Any) -> None:
+        super().__init__(**others)
+
+
+class Remembering(L.Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": Path("x")}
+
+
+def test_a_run_that_could_not_go_on_is_refused(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    module, trainer = WithFolder(Path("x"), **make_module(schedule="never").hparams), make_trainer()
+    with pytest.raises(TypeError, match=r"hyper_parameters\.folder is a PosixPath"):
+        trainer.fit(module, make_data())
+    assert not folder(trainer).exists()
+    module.hparams["folder"] = "x"
+    trainer = make_trainer(callbacks=[Remembering(), StepCheckpoint(every_n_steps=2)])
+    with pytest.raises(TypeError, match=r"callbacks\.Remembering\.place is a PosixPath"):
+        trainer.fit(module, make_data())
+    assert trainer.global_step == 2
