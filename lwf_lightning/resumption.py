@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -92,7 +92,8 @@ class StepLoop(_TrainingEpochLoop):
 class SignalConnector(_SignalConnector):
     """Lightning's answers to signals, put off until the step is done.
 
-    SIGTERM saves and leaves; SLURM's signal saves, has the job requeued and goes on.
+    SIGTERM saves and leaves; SLURM's signal saves, has the job requeued and goes on. Where nothing
+    is trained, SIGTERM leaves at once.
     """
 
     _terminate = False
@@ -100,8 +101,9 @@ class SignalConnector(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         """See Lightning's."""
-        self._terminate, self._requeue = False, None
+        self._requeue = None
         super().register_signal_handlers()
+        self._leave_unless_fitting()  # when told after the last step of a fit
 
     def _sigterm_notifier_fn(self, signum: Any, frame: FrameType) -> None:
         # Lightning's would talk to the other processes here, in the middle of whatever they do,
@@ -110,6 +112,16 @@ class SignalConnector(_SignalConnector):
         if not self._terminate and launcher is not None:
             launcher.kill(signum)
         self._terminate = True
+        self._leave_unless_fitting()
+
+    def _leave_unless_fitting(self) -> None:
+        if self._terminate and self.trainer.state.fn != TrainerFn.FITTING:
+            self._leave("SIGTERM: leaving")
+
+    def _leave(self, message: str) -> NoReturn:
+        self._terminate = False
+        rank_zero_info(message)
+        sys.exit(128 + signal.SIGTERM)
 
     def _slurm_sigusr_handler_fn(self, signum: Any, frame: FrameType) -> None:
         self._requeue = (signum, frame)
@@ -126,8 +138,7 @@ class SignalConnector(_SignalConnector):
         if asked(self._terminate, all=False):
             saver = step_checkpoint(trainer)
             saved = "" if saver is None else f" after saving {saver.save(trainer)}"
-            rank_zero_info(f"SIGTERM: leaving{saved}; --ckpt_path last goes on from there")
-            sys.exit(128 + signal.SIGTERM)
+            self._leave(f"SIGTERM: leaving{saved}; --ckpt_path last goes on from there")
 
 
 class CheckpointConnector(_CheckpointConnector):
