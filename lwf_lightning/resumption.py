@@ -215,20 +215,22 @@ class CheckpointConnector(_CheckpointConnector):
 
     def _last(self, state_fn: TrainerFn) -> Path | None:
         trainer: Any = self.trainer
-        if step_checkpoint(trainer) is None or state_fn != TrainerFn.FITTING:  # no run to go on
+        if state_fn != TrainerFn.FITTING:
             return self.last_checkpoint(trainer.lightning_module, trainer.datamodule)
         root = Path(trainer.default_root_dir)
         run = next(iter(runs_of(root, self._configuration())), None)
         path = None if run is None else self._newest_of(run)
-        if run is None:
+        saves = step_checkpoint(trainer) is not None  # else there is no run of its own to go on
+        if run is None or (path is None and not saves):
+            what = "run" if run is None else "checkpoint of a run"
             rank_zero_warn(
-                f"--ckpt_path last: there is no run of this configuration in {root}: one begins"
+                f"--ckpt_path last: there is no {what} of this configuration in {root}: one begins"
             )
-            return None
-        self._own = run
-        self._write_to(run, {} if path is None else run_state(path)["logs"])
-        where = "from the beginning" if path is None else f"from {path.name}"
-        rank_zero_info(f"The run in {run} goes on {where}")
+        elif saves:
+            self._own = run
+            self._write_to(run, {} if path is None else run_state(path)["logs"])
+            where = "from the beginning" if path is None else f"from {path.name}"
+            rank_zero_info(f"The run in {run} goes on {where}")
         return path
 
     def last_checkpoint(self, module: Any, datamodule: Any) -> Path:
