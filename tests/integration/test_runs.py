@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed
 
 from lwf_lightning import LWFDataModule, LWFModule
 from lwf_lightning.callbacks import StepCheckpoint
@@ -128,3 +132,28 @@ def test_a_run_that_could_not_go_on_is_refused(
     with pytest.raises(TypeError, match=r"callbacks\.Remembering\.place is a PosixPath"):
         trainer.fit(module, make_data())
     assert trainer.global_step == 2
+
+
+class EnoughAfterOne(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_a_run_that_has_ended_under_fsdp2_has_finished_too(
+    make_module: Make, make_data: Make, make_trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fit(ckpt_path: str | None) -> list[str]:
+        trainer = make_trainer(
+            callbacks=[EnoughAfterOne()], strategy=ModelParallelStrategy(1, 1), devices=1
+        )
+        trainer.fit(make_module(schedule="never"), make_data(), ckpt_path=ckpt_path)
+        return saved(trainer)
+
+    with patch.dict(os.environ):  # into which the strategy writes where the processes meet
+        try:
+            assert fit(None) == ["step-000001.ckpt"]
+            with caplog.at_level("INFO"):
+                assert fit("last") == ["step-000001.ckpt"]
+        finally:
+            distributed.destroy_process_group()
+    assert "version_0 has finished: nothing is left to do" in caplog.text
