@@ -359,30 +359,6 @@ def test_without_a_run_one_begins_and_nothing_is_evaluated(
         test("best")
 
 
-@pytest.mark.parametrize("options", [{"enable_checkpointing": False}, {"fast_dev_run": True}])
-def test_a_run_that_saves_nothing_begins_too(
-    options: dict[str, Any],
-    fit: Make,
-    make_trainer: Make,
-    make_module: Make,
-    make_data: Make,
-    tmp_path: Path,
-) -> None:
-    def go_on() -> int:
-        counter = Counter()
-        trainer = make_trainer(default_root_dir=tmp_path, callbacks=[counter], **options)
-        trainer.fit(make_module(schedule="never"), make_data(), ckpt_path="last")
-        return counter.steps
-
-    steps = 1 if "fast_dev_run" in options else 8
-    with pytest.warns(UserWarning, match="no run of this configuration in .*: one begins"):
-        assert go_on() == steps
-    with suppress(SystemExit):  # of a run without a checkpoint
-        fit(None, Stop(-1, 1))
-    with pytest.warns(UserWarning, match="no checkpoint of a run of this configuration in .*: one"):
-        assert go_on() == steps
-
-
 def test_a_full_disk_stops_the_run_and_it_goes_on_later(
     fit: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

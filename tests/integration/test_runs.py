@@ -110,6 +110,24 @@ def test_another_class_is_another_run_but_to_runs_that_noted_none(
     assert runs_of(tmp_path, configuration(trainer, module, Derived(4))) == [run]
 
 
+@pytest.mark.parametrize("options", [{"enable_checkpointing": False}, {"fast_dev_run": True}])
+def test_a_run_that_saves_nothing_begins_too(
+    options: dict[str, Any], make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    def go_on() -> Any:
+        trainer = make_trainer(**options)
+        trainer.fit(make_module(schedule="never"), make_data(), ckpt_path="last")
+        assert trainer.global_step == (1 if trainer.fast_dev_run else 8)
+        return trainer
+
+    with pytest.warns(UserWarning, match="no run of this configuration in .*: one begins"):
+        trainer = go_on()
+    values = configuration(trainer, trainer.lightning_module, trainer.datamodule)
+    begin_run(tmp_path / "runs" / "version_7", values)
+    with pytest.warns(UserWarning, match="no checkpoint of a run of this configuration in .*: one"):
+        go_on()
+
+
 class WithFolder(LWFModule):
     def __init__(self, folder: Path, **others: Any) -> None:
         super().__init__(**others)
