@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from torch.utils._pytree import tree_map_only
 
 from lwf_lightning.errors import DamagedFileError
 from lwf_lightning.files import whole_file
@@ -77,13 +80,68 @@ class WholeCheckpointIO(TorchCheckpointIO):
             )
         if Path(path).is_file():
             check_whole(path)
-        try:
+        with refusal_named(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise DamagedFileError(
-                f"{path} is not loaded: it holds more than tensors and primitives, which could "
-                "run code, or it is no checkpoint"
-            ) from error
+
+
+@contextmanager
+def refusal_named(path: str | Path) -> Iterator[None]:
+    """Names the file, and the class in it, for which torch refuses to load tensors and primitives.
+
+    Raises:
+        DamagedFileError: If torch refuses.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise DamagedFileError(
+            f"{path} is not loaded: it holds more than tensors and primitives"
+            f"{f' ({found.group(1)})' if found else ''}, which could run code, or it is no "
+            "checkpoint"
+        ) from error
+
+
+def check_loads(checkpoint: Mapping[str, Any]) -> None:
+    """Checks that what is to be saved would be loaded again: tensors and primitives only.
+
+    Raises:
+        TypeError: If there is anything else; names its place.
+    """
+    refused = _refused(tree_map_only(torch.Tensor, lambda _: None, dict(checkpoint)))
+    if refused is not None:
+        *place, value = refused
+        raise TypeError(
+            f"{'.'.join(place)} is a {type(value).__name__}, and a checkpoint holds tensors and "
+            "primitives only, so that loading it runs no code: keep it as text or numbers there, "
+            "or leave it out"
+        )
+
+
+def _refused(content: Any) -> tuple[Any, ...] | None:
+    """The keys that lead to what would not be loaded, and it itself; None if all would be."""
+    if _loads(content):
+        return None
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(content, Mapping):
+        parts = content.items()
+    elif isinstance(content, (list, tuple)):
+        parts = enumerate(content)
+    for key, value in parts:
+        if (place := _refused(value)) is not None:
+            return (str(key), *place)
+    return (content,)
+
+
+def _loads(content: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # whatever an object raises that cannot be saved
+        return False
+    return True
 
 
 def check_whole(path: str | Path) -> None:

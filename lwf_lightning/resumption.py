@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -21,10 +22,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lwf_lightning.callbacks.checkpoint import StepCheckpoint, time_is_up
+from lwf_lightning.checkpoint_io import check_loads
 from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.runs import (
     begin_run,
     configuration,
+    is_run,
     is_whole,
     last_whole_checkpoint,
     require_checkpoint,
@@ -89,7 +92,8 @@ class StepLoop(_TrainingEpochLoop):
 class SignalConnector(_SignalConnector):
     """Lightning's answers to signals, put off until the step is done.
 
-    SIGTERM saves and leaves; SLURM's signal saves, has the job requeued and goes on.
+    SIGTERM saves and leaves; SLURM's signal saves, has the job requeued and goes on. Where nothing
+    is trained, SIGTERM leaves at once.
     """
 
     _terminate = False
@@ -97,8 +101,9 @@ class SignalConnector(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         """See Lightning's."""
-        self._terminate, self._requeue = False, None
+        self._requeue = None
         super().register_signal_handlers()
+        self._leave_unless_fitting()  # when told after the last step of a fit
 
     def _sigterm_notifier_fn(self, signum: Any, frame: FrameType) -> None:
         # Lightning's would talk to the other processes here, in the middle of whatever they do,
@@ -107,6 +112,16 @@ class SignalConnector(_SignalConnector):
         if not self._terminate and launcher is not None:
             launcher.kill(signum)
         self._terminate = True
+        self._leave_unless_fitting()
+
+    def _leave_unless_fitting(self) -> None:
+        if self._terminate and self.trainer.state.fn != TrainerFn.FITTING:
+            self._leave("SIGTERM: leaving")
+
+    def _leave(self, message: str) -> NoReturn:
+        self._terminate = False
+        rank_zero_info(message)
+        sys.exit(128 + signal.SIGTERM)
 
     def _slurm_sigusr_handler_fn(self, signum: Any, frame: FrameType) -> None:
         self._requeue = (signum, frame)
@@ -123,12 +138,13 @@ class SignalConnector(_SignalConnector):
         if asked(self._terminate, all=False):
             saver = step_checkpoint(trainer)
             saved = "" if saver is None else f" after saving {saver.save(trainer)}"
-            rank_zero_info(f"SIGTERM: leaving{saved}; --ckpt_path last goes on from there")
-            sys.exit(128 + signal.SIGTERM)
+            self._leave(f"SIGTERM: leaving{saved}; --ckpt_path last goes on from there")
 
 
 class CheckpointConnector(_CheckpointConnector):
     """Lightning's choice of a checkpoint, in which ``last`` means the newest run of this kind."""
+
+    _own: Path | None = None  # the folder of the run that this trainer has begun, or goes on with
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         """Loads tensors and primitives only, whatever the strategy."""
@@ -138,6 +154,12 @@ class CheckpointConnector(_CheckpointConnector):
                 "out; checkpoints of this package need none"
             )
         super().resume_start(checkpoint_path, weights_only=True)
+
+    def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
+        """Refuses at once to save what no run could go on with."""
+        checkpoint: dict[str, Any] = super().dump_checkpoint(weights_only)
+        check_loads(checkpoint)
+        return checkpoint
 
     def _select_ckpt_path(
         self,
@@ -157,9 +179,18 @@ class CheckpointConnector(_CheckpointConnector):
                 "newest run of this configuration"
             )
         saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
-        if saves and trainer.is_global_zero:
-            # Before anything else is there, so that a run is known from its first moment.
-            begin_run(trainer.run_folder, self._configuration())
+        for part in (trainer.lightning_module, trainer.datamodule):
+            if saves and part is not None:
+                check_loads({part.CHECKPOINT_HYPER_PARAMS_KEY: dict(part.hparams)})
+        if trainer.is_global_zero:
+            root = trainer.default_root_dir
+            if trainer.run_folder != self._own and is_run(trainer.run_folder):
+                # Another trainer's run has begun there since this one was made.
+                self._write_to(Path(BoardLogger(root).log_dir), {})
+            if saves:
+                # Before anything else is there, so that a run is known from its first moment.
+                begin_run(trainer.run_folder, self._configuration())
+                self._own = trainer.run_folder
         return path
 
     def _parse_ckpt_path(
@@ -184,23 +215,22 @@ class CheckpointConnector(_CheckpointConnector):
 
     def _last(self, state_fn: TrainerFn) -> Path | None:
         trainer: Any = self.trainer
-        if step_checkpoint(trainer) is None or state_fn != TrainerFn.FITTING:  # no run to go on
+        if state_fn != TrainerFn.FITTING:
             return self.last_checkpoint(trainer.lightning_module, trainer.datamodule)
         root = Path(trainer.default_root_dir)
         run = next(iter(runs_of(root, self._configuration())), None)
         path = None if run is None else self._newest_of(run)
-        if run is None:
+        saves = step_checkpoint(trainer) is not None  # else there is no run of its own to go on
+        if run is None or (path is None and not saves):
+            what = "run" if run is None else "checkpoint of a run"
             rank_zero_warn(
-                f"--ckpt_path last: there is no run of this configuration in {root}: one begins"
+                f"--ckpt_path last: there is no {what} of this configuration in {root}: one begins"
             )
-            return None
-        trainer.run_folder = run
-        logs = {} if path is None else run_state(path)["logs"]
-        for logger in trainer.loggers:
-            if isinstance(logger, (BoardLogger, TableLogger)):
-                logger.continue_run(run, logs.get(type(logger).__name__, {}))
-        where = "from the beginning" if path is None else f"from {path.name}"
-        rank_zero_info(f"The run in {run} goes on {where}")
+        elif saves:
+            self._own = run
+            self._write_to(run, {} if path is None else run_state(path)["logs"])
+            where = "from the beginning" if path is None else f"from {path.name}"
+            rank_zero_info(f"The run in {run} goes on {where}")
         return path
 
     def last_checkpoint(self, module: Any, datamodule: Any) -> Path:
@@ -218,6 +248,13 @@ class CheckpointConnector(_CheckpointConnector):
             rank_zero_warn(f"{run} was interrupted before its first checkpoint: it is passed over")
         what = "no checkpoint of a run" if runs else "no run"
         raise ValueError(f"--ckpt_path last: {root} has {what} of this configuration")
+
+    def _write_to(self, folder: Path, logs: Mapping[str, Any]) -> None:
+        trainer: Any = self.trainer
+        trainer.run_folder = folder
+        for logger in trainer.loggers:
+            if isinstance(logger, (BoardLogger, TableLogger)):
+                logger.continue_run(folder, logs.get(type(logger).__name__, {}))
 
     def _configuration(self) -> dict[str, Any]:
         trainer: Any = self.trainer

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lwf_lightning.checkpoint_io import check_whole
+from lwf_lightning.checkpoint_io import check_whole, refusal_named
 from lwf_lightning.errors import DamagedFileError
 from lwf_lightning.files import whole_file, whole_folder
 from lwf_lightning.fsdp2 import check_sharded
@@ -36,8 +36,8 @@ def configuration(
 ) -> dict[str, Any]:
     """What tells one run from another.
 
-    Seed, precision, what callbacks name as ``run_arguments``, and the arguments of module and data,
-    but for ``_FREE``.
+    Seed, precision, what callbacks name as ``run_arguments``, and the classes and arguments of
+    module and data, but for ``_FREE``.
     """
     values = {
         "seed_everything": os.environ.get("PL_GLOBAL_SEED"),  # where Lightning keeps it
@@ -47,13 +47,30 @@ def configuration(
         name = f"trainer.callbacks.{type(callback).__name__}"
         for argument, value in getattr(callback, "run_arguments", {}).items():
             values[f"{name}.{argument}"] = value
+    values["model.class_path"] = _class_path(module)
     values |= {f"model.init_args.{name}": value for name, value in module.hparams.items()}
     if datamodule is not None:
-        for name in inspect.signature(type(datamodule).__init__).parameters:
-            if hasattr(datamodule, name):
-                values[f"data.init_args.{name}"] = getattr(datamodule, name)
+        values["data.class_path"] = _class_path(datamodule)
+        arguments = {**datamodule.hparams, **_attributes(datamodule)}
+        values |= {f"data.init_args.{name}": value for name, value in arguments.items()}
     kept = {key: value for key, value in values.items() if key.rsplit(".", 1)[-1] not in _FREE}
-    return dict(json.loads(json.dumps(kept, default=str, sort_keys=True)))
+    return dict(json.loads(json.dumps(kept, default=_in_words, sort_keys=True)))
+
+
+def _class_path(part: Any) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _attributes(datamodule: L.LightningDataModule) -> dict[str, Any]:
+    """The attributes that an ``__init__`` of the class, or of one it derives from, takes."""
+    takers = [inspect.signature(kind.__init__) for kind in type(datamodule).__mro__]  # type: ignore[misc]
+    names = {name for taker in takers for name in taker.parameters}
+    return {name: getattr(datamodule, name) for name in names if hasattr(datamodule, name)}
+
+
+def _in_words(value: Any) -> str:
+    """Without the address of an object that has no words of its own: it is another every time."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def folder_of(trainer: L.Trainer) -> Path | None:
@@ -76,6 +93,11 @@ def begin_run(folder: Path, values: Mapping[str, Any]) -> None:
         (new / _RUN_FILE).write_text(text, encoding="utf-8")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder."""
+    return (folder / _RUN_FILE).is_file()
+
+
 def runs_of(root: Path, values: Mapping[str, Any]) -> list[Path]:
     """The run folders of this configuration, newest first; newer ones of others are named.
 
@@ -85,7 +107,9 @@ def runs_of(root: Path, values: Mapping[str, Any]) -> list[Path]:
     """
     found, others = [], []
     for folder in _newest_first(root):
-        theirs = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
+        # Runs of before noted no classes.
+        theirs = {key: value for key, value in values.items() if key.endswith(".class_path")}
+        theirs |= json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
         if theirs == values:
             found.append(folder)
         elif not found:
@@ -154,9 +178,13 @@ def run_state(checkpoint: Path) -> dict[str, Any]:
     """What StepCheckpoint noted about the run: its folder, the step, and where its logs were.
 
     Empty for a checkpoint that was saved without it.
+
+    Raises:
+        DamagedFileError: If it holds more than tensors and primitives.
     """
     file = _state_file(checkpoint)
-    content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    with refusal_named(file):
+        content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     return dict(content.get("run", {}))
 
 
@@ -169,6 +197,6 @@ def _newest_first(root: Path) -> Iterator[Path]:
     numbered = {
         int(folder.name.removeprefix("version_")): folder
         for folder in root.glob("version_*")
-        if re.fullmatch(r"version_\d+", folder.name) and (folder / _RUN_FILE).is_file()
+        if re.fullmatch(r"version_\d+", folder.name) and is_run(folder)
     }
     yield from (numbered[number] for number in sorted(numbered, reverse=True))

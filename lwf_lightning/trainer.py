@@ -13,6 +13,7 @@ import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import Strategy
 
 from lwf_lightning.callbacks.checkpoint import StepCheckpoint
@@ -209,10 +210,12 @@ class LWFTrainer(L.Trainer):
             output: Path of the JSONL file, highest confidence first: task, row, prompt, answer,
                 alignment, sensitivity, confidence, selected.
         """
-        callback = _fisher_callback(self)
-        callback.save_tensors = False
-        stop = _Score()
-        knowledge = self._stop_early(stop, model, datamodule, ckpt_path, weights_only)
+        callback, stop = _fisher_callback(self), _Score()
+        saves, callback.save_tensors = callback.save_tensors, False
+        try:
+            knowledge = self._stop_early(stop, model, datamodule, ckpt_path, weights_only)
+        finally:
+            callback.save_tensors = saves
         if not stop.has_scored or callback.scores is None or callback.forget_set is None:
             raise ValueError("nothing was scored: trainer.limit_train_batches leaves no batch")
         if not self.is_global_zero:
@@ -303,6 +306,8 @@ class LWFTrainer(L.Trainer):
             )
         if ckpt_path == "last":  # looked up while all callbacks are there
             ckpt_path = str(self._checkpoint_connector.last_checkpoint(model, datamodule))
+        names = ("callbacks", "loggers", "num_sanity_val_steps", "limit_val_batches")
+        own = {name: getattr(self, name) for name in (*names, "fit_loop", "run_folder")}
         # Nothing is trained or validated, so nothing may be logged, saved or exported either.
         kept = (FisherCallback, ProgressBar) if isinstance(stop, _Score) else ProgressBar
         self.callbacks: list[L.Callback] = [
@@ -312,10 +317,14 @@ class LWFTrainer(L.Trainer):
         self.loggers = []
         self.num_sanity_val_steps = 0
         self.limit_val_batches = 0
-        self.fit_loop.min_epochs, self.fit_loop.epoch_loop.min_steps = 0, None
-        # A run that its limits have ended would not be begun at all.
-        self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = -1, sys.maxsize
-        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+        # A run that its limits have ended would not be begun at all, so this has none.
+        self.fit_loop = _FitLoop(self, min_epochs=0, max_epochs=-1)
+        self.fit_loop.epoch_loop = StepLoop(self, max_steps=sys.maxsize)
+        try:
+            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+        finally:  # the trainer is as it was for a fit that comes later
+            for name, value in own.items():
+                setattr(self, name, value)
         if datamodule.self_knowledge is None:
             raise ValueError("the run stopped before anything was elicited")
         return datamodule.self_knowledge

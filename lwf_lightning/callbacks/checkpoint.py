@@ -54,9 +54,16 @@ class StepCheckpoint(Checkpoint):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             remove_leftovers(self._folder)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Has a run that had ended stay so, unless its limits have changed."""
-        if self._limits == _limits(trainer):
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Has a run that had ended stay so, unless its limits have changed.
+
+        With a checkpoint of another run this one has only begun.
+        """
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        is_own = Path(str(trainer.ckpt_path)).parent.parent == self._folder
+        if trainer.training and is_own and state.get("limits") == _limits(trainer):
             rank_zero_info(f"The run in {self._folder} has finished: nothing is left to do")
             trainer.should_stop = True
 
@@ -112,10 +119,6 @@ class StepCheckpoint(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """The limits of the run, if it has ended."""
         return {"limits": self._limits}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state back."""
-        self._limits = state_dict["limits"]
 
 
 def time_is_up(trainer: Any) -> bool:

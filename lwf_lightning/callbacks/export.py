@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import cast
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lwf_lightning.distributed import ranks_of
-from lwf_lightning.files import require_free
+from lwf_lightning.files import require_free, whole_folder
 from lwf_lightning.models import export_model
 from lwf_lightning.module import LWFModule
 from lwf_lightning.runs import folder_of
+
+_MARKER = "run_folder.txt"  # in an export, names the run that it is of
 
 
 class ExportCallback(L.Callback):
     """Writes model and tokenizer with ``save_pretrained`` at the end of a fit.
 
-    With LoRA the folder holds ``adapter`` and, merged into the base weights, ``merged``. In
-    ``fast_dev_run`` nothing is written.
+    With LoRA the folder holds ``adapter`` and, merged into the base weights, ``merged``. Its
+    ``run_folder.txt`` names the run. In ``fast_dev_run`` nothing is written.
 
     Args:
         folder: Where to write, absent or empty; None takes ``model`` in ``trainer.log_dir``, the
-            run folder. Only that of a run of LWFTrainer that goes on is written again.
+            run folder. What a run of LWFTrainer has exported is replaced when that run goes on, in
+            its own run folder; nothing else ever is.
         merge: Whether to write the merged model beside a LoRA adapter.
     """
 
@@ -38,34 +41,33 @@ class ExportCallback(L.Callback):
             return
         if not isinstance(pl_module, LWFModule):
             raise TypeError(f"ExportCallback exports an LWFModule, not {type(pl_module).__name__}")
-        folder = self._target(trainer)
-        kept = self.folder is not None and trainer.ckpt_path is not None
-        if folder is not None and not kept and not self._replaces(trainer):
-            require_free(folder)
+        run = folder_of(trainer)
+        if run is not None and not self._is_own(trainer, run):
+            require_free(self._target(run))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports the model."""
-        module = cast(LWFModule, pl_module)
-        folder = self._target(trainer)
-        if folder is None:
+        module, run = cast(LWFModule, pl_module), folder_of(trainer)
+        if run is None:
             return
-        if self.folder is not None and trainer.ckpt_path is not None and folder.exists():
-            rank_zero_warn(f"{folder} exists already: the model was not exported again")
-            return
-        model = module.whole_model()
+        model, folder = module.whole_model(), self._target(run)
         if model is not None and trainer.is_global_zero:
-            if self._replaces(trainer):
-                shutil.rmtree(folder, ignore_errors=True)  # of this run, which has been resumed
-            export_model(model, module.tokenizer, folder, merge=self.merge)
+            if self._is_own(trainer, run):
+                shutil.rmtree(folder, ignore_errors=True)
+            with whole_folder(folder) as temporary:
+                export_model(model, module.tokenizer, temporary, merge=self.merge)
+                (temporary / _MARKER).write_text(str(run.resolve()), encoding="utf-8")
         ranks_of(trainer).wait()
         rank_zero_info(f"Exported the model to {folder}")
 
-    def _target(self, trainer: L.Trainer) -> Path | None:
-        run = folder_of(trainer)
-        if run is None:
-            return None
+    def _target(self, run: Path) -> Path:
         return run / "model" if self.folder is None else Path(self.folder)
 
-    def _replaces(self, trainer: L.Trainer) -> bool:
-        """Whether what is there is this run's own: only LWFTrainer has a folder for one run."""
-        return self.folder is None and hasattr(trainer, "run_folder")
+    def _is_own(self, trainer: L.Trainer, run: Path) -> bool:
+        """Whether what is there is this run's: only LWFTrainer has a folder for each."""
+        if self.folder is None or not hasattr(trainer, "run_folder"):
+            return hasattr(trainer, "run_folder")
+        if trainer.ckpt_path is None:  # it begins, perhaps in the folder of one that was removed
+            return False
+        marker = self._target(run) / _MARKER
+        return marker.is_file() and marker.read_text(encoding="utf-8") == str(run.resolve())

@@ -185,9 +185,14 @@ def test_a_run_that_stopped_by_itself_has_finished(fit: Make) -> None:
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             trainer.should_stop = trainer.global_step == 3
 
-    assert fit(None, Enough())[2] == 3
+    trainer, _, steps = fit(None, Enough())
+    assert steps == 3
     assert fit("last", Enough())[2] == 0
+    # By its file it is the beginning of another run, with limits of its own, be they the same.
+    another, _, steps = fit(str(saved(trainer)[-1]), learning_rate=3e-3)
+    assert (steps, Path(str(another.log_dir)).name) == (3, "version_1")
     assert fit("last", steps=7)[2] == 4
+    assert fit("last", learning_rate=3e-3)[2] == 0
 
 
 class Stop(L.Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lwf_lightning.checkpoint_io import WholeCheckpointIO, check_whole
+from lwf_lightning.checkpoint_io import WholeCheckpointIO, check_loads, check_whole
 from lwf_lightning.errors import DamagedFileError, DiskFullError
+from lwf_lightning.runs import run_state
 
 
 class Malicious:
@@ -106,6 +108,29 @@ def test_a_malicious_checkpoint_runs_nothing(way: str, tmp_path: Path) -> None:
     assert not trace.exists()
     pickle.loads(pickle.dumps(Malicious(trace)))  # what was fed does write when it is let
     assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (Path("x"), r"a\.deep\.1 is a PosixPath"),
+        (Enum("Kind", "ONE").ONE, r"a\.deep\.1 is a Kind"),
+        (lambda: 1, r"a\.deep\.1 is a function"),
+    ],
+)
+def test_what_would_not_be_loaded_again_is_refused_by_its_place(value: Any, what: str) -> None:
+    state = {"weights": torch.ones(3), "names": {"x"}, "steps": (1, 2.0, None)}
+    check_loads({"state_dict": state, "a": {"deep": [torch.ones(2), "text"]}})
+    with pytest.raises(TypeError, match=what):
+        check_loads({"state_dict": state, "a": {"deep": [torch.ones(2), value]}})
+
+
+def test_a_checkpoint_with_an_object_in_it_is_named_with_the_class(tmp_path: Path) -> None:
+    path = tmp_path / "step-000001.ckpt"
+    WholeCheckpointIO().save_checkpoint({"hyper_parameters": {"folder": Path("x")}}, path)
+    for load in (WholeCheckpointIO().load_checkpoint, run_state):
+        with pytest.raises(DamagedFileError, match=r"step-000001\.ckpt .*\(pathlib\.\w+\)"):
+            load(path)
 
 
 @pytest.mark.parametrize("writes", [0, 3, 20])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lwf_lightning.callbacks import ValidateFirst
 from lwf_lightning.trainer import LWFTrainer
 
 Make = Callable[..., Any]
@@ -59,3 +60,33 @@ def test_barebones_trains_and_writes_nothing(
     trainer.fit(module, make_data())
     assert trainer.global_step == module.unlearning_steps == 1
     assert list(empty_working_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("entry", ["score", "elicit"])
+def test_a_trainer_that_has_scored_or_elicited_fits_as_a_new_one_does(
+    entry: str,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+) -> None:
+    def trainer() -> LWFTrainer:
+        callbacks = [make_callback(), ValidateFirst()]
+        return make_trainer(max_steps=4, callbacks=callbacks, limit_val_batches=1)
+
+    def table(fitted: LWFTrainer) -> str:
+        fitted.fit(make_module(), make_data())
+        assert fitted.global_step == 4
+        assert list((fitted.run_folder / "checkpoints").iterdir())
+        assert list((fitted.run_folder / "fisher").iterdir())
+        return (fitted.run_folder / "metrics.csv").read_text()
+
+    used, new = trainer(), trainer()
+    fresh = table(new)  # whose run takes the folder that both were made with
+    getattr(used, entry)(make_module(), make_data(), output=str(tmp_path / "rows.jsonl"))
+    assert table(used) == fresh
+    last = used.checkpoint_callback.best_model_path
+    more = trainer()
+    more.score(make_module(), make_data(), ckpt_path=last, output=str(tmp_path / "rows.jsonl"))
+    assert table(more) == fresh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,34 @@ def test_a_run_that_goes_on_replaces_its_own_export(
         )
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"model", "version_0"}
     assert not any((tmp_path / "runs" / "model").iterdir())
+
+
+def test_a_named_folder_is_replaced_by_the_run_that_wrote_it_and_by_no_other(
+    make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+
+    def fit(steps: int, ckpt_path: str | None, **model: Any) -> Any:
+        module = make_module(schedule="never", **model)
+        trainer = make_trainer(max_steps=steps, callbacks=[ExportCallback(str(folder))])
+        trainers.append(trainer)
+        trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+        return module.model.state_dict()
+
+    def holds(weights: dict[str, Any]) -> bool:
+        exported = load_model(folder).state_dict()
+        return all(weight.equal(exported[name]) for name, weight in weights.items())
+
+    trainers: list[Any] = []
+    assert holds(fit(1, "last"))
+    second = fit(2, "last")
+    assert holds(second)
+    assert holds(fit(2, "last"))  # a run that has finished
+    last = trainers[-1].run_folder / "checkpoints" / "step-000002.ckpt"
+    for ckpt_path in (str(last), None, "last"):
+        if ckpt_path == "last":  # a new run in a folder of the same name
+            shutil.rmtree(tmp_path / "runs")
+        with pytest.raises(ValueError, match="out exists already: name another folder"):
+            fit(4, ckpt_path, learning_rate=3e-3)
+        assert trainers[-1].global_step == 0
+    assert holds(second)

@@ -88,8 +88,8 @@ def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
 
 def test_a_page_names_all_versions_and_keeps_the_pictures_of_cells_apart(tmp_path: Path) -> None:
     study = Study(**{**vars(make(output=str(tmp_path))), "cells": {"a": {}, "a: b": {}}})
-    found = [record | {"cells": list(study.cells), "commit": "c", "command": "fit", "log": "none", "folder": "none"}
-             for record in records()]  # fmt: skip
+    told = {"cells": list(study.cells), "commit": "c", "command": "fit"}
+    found = [{**record, **told, "log": "none", "folder": "none"} for record in records()]
     for number, record in enumerate(found):
         record["versions"] = {"torch": "2.13" if number % 2 else "2.14", "python": "3.11"}
     drawn = draw_all(study, summarize(study, found), found)

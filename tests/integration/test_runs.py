@@ -1,0 +1,177 @@
+"""Whose a run folder is: one trainer's, and found again by what makes its run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lightning as L
+import pytest
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed
+
+from lwf_lightning import LWFDataModule, LWFModule
+from lwf_lightning.callbacks import StepCheckpoint
+from lwf_lightning.runs import begin_run, configuration, runs_of
+
+Make = Callable[..., Any]
+
+
+def folder(trainer: L.Trainer) -> Path:
+    return Path(str(trainer.log_dir))
+
+
+def saved(trainer: L.Trainer) -> list[str]:
+    return sorted(path.name for path in (folder(trainer) / "checkpoints").iterdir())
+
+
+def test_trainers_made_before_the_first_fit_have_a_folder_each(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    trainers = [make_trainer(max_steps=steps) for steps in (2, 3)]
+    for trainer in trainers:
+        trainer.fit(make_module(schedule="never"), make_data())
+    for number, (trainer, rows) in enumerate(zip(trainers, (2, 3), strict=True)):
+        assert folder(trainer).name == f"version_{number}"
+        assert saved(trainer) == [f"step-{rows:06d}.ckpt"]
+        assert (folder(trainer) / "metrics.csv").read_text().count("\n") == 1 + rows
+        assert list(folder(trainer).glob("events*"))
+    third, fourth = make_trainer(max_steps=4), make_trainer(max_steps=1)
+    third.fit(make_module(schedule="never"), make_data(), ckpt_path="last")  # which is the second
+    fourth.fit(make_module(schedule="never"), make_data())
+    assert [folder(trainer).name for trainer in (third, fourth)] == ["version_1", "version_2"]
+
+
+class Passing(LWFDataModule):
+    def __init__(self, extra: int, **others: Any) -> None:
+        super().__init__(**others)
+        self.extra = extra
+
+
+class Reckoning(LWFDataModule):
+    def __init__(self, texts: int, **others: Any) -> None:
+        super().__init__("world_learning", batch_size=2 * texts)
+
+
+class Foreign(L.LightningDataModule):
+    def __init__(self, rows: int, source: object = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class Derived(Foreign):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("data", "same", "other", "differs"),
+    [
+        (Passing, {"extra": 1, "learning_task": "world_learning"}, {"extra": 2}, "extra"),
+        (Passing, {"extra": 1, "learning_task": "world_learning"}, {"seed": 3}, "seed"),
+        (Reckoning, {"texts": 4}, {"texts": 5}, "batch_size"),
+        (Foreign, {"rows": 4, "source": object()}, {"rows": 5}, "rows"),
+    ],
+)
+def test_every_argument_of_a_datamodule_of_ones_own_tells_runs_apart(
+    data: type[L.LightningDataModule],
+    same: dict[str, Any],
+    other: dict[str, Any],
+    differs: str,
+    make_module: Make,
+    make_trainer: Make,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def values(**arguments: Any) -> dict[str, Any]:
+        return configuration(make_trainer(), make_module(), data(**arguments))
+
+    run = tmp_path / "version_0"
+    begin_run(run, values(**same))
+    again = same | {name: object() for name in same if name == "source"}
+    assert runs_of(tmp_path, values(**again)) == [run]
+    assert runs_of(tmp_path, values(**(same | other))) == []
+    assert f"version_0 (another data.init_args.{differs})" in str(recwarn.pop().message)
+
+
+def test_another_class_is_another_run_but_to_runs_that_noted_none(
+    make_module: Make, make_trainer: Make, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    run, trainer, module = tmp_path / "version_0", make_trainer(), make_module()
+    noted = configuration(trainer, module, Foreign(4))
+    begin_run(run, noted)
+    assert runs_of(tmp_path, configuration(trainer, module, Derived(4))) == []
+    assert "version_0 (another data.class_path)" in str(recwarn.pop().message)
+    before = {key: value for key, value in noted.items() if not key.endswith("class_path")}
+    (run / "run.json").write_text(json.dumps(before), encoding="utf-8")
+    assert runs_of(tmp_path, configuration(trainer, module, Derived(4))) == [run]
+
+
+@pytest.mark.parametrize("options", [{"enable_checkpointing": False}, {"fast_dev_run": True}])
+def test_a_run_that_saves_nothing_begins_too(
+    options: dict[str, Any], make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    def go_on() -> Any:
+        trainer = make_trainer(**options)
+        trainer.fit(make_module(schedule="never"), make_data(), ckpt_path="last")
+        assert trainer.global_step == (1 if trainer.fast_dev_run else 8)
+        return trainer
+
+    with pytest.warns(UserWarning, match="no run of this configuration in .*: one begins"):
+        trainer = go_on()
+    values = configuration(trainer, trainer.lightning_module, trainer.datamodule)
+    begin_run(tmp_path / "runs" / "version_7", values)
+    with pytest.warns(UserWarning, match="no checkpoint of a run of this configuration in .*: one"):
+        go_on()
+
+
+class WithFolder(LWFModule):
+    def __init__(self, folder: Path, **others: Any) -> None:
+        super().__init__(**others)
+
+
+class Remembering(L.Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": Path("x")}
+
+
+def test_a_run_that_could_not_go_on_is_refused(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    module, trainer = WithFolder(Path("x"), **make_module(schedule="never").hparams), make_trainer()
+    with pytest.raises(TypeError, match=r"hyper_parameters\.folder is a PosixPath"):
+        trainer.fit(module, make_data())
+    assert not folder(trainer).exists()
+    module.hparams["folder"] = "x"
+    trainer = make_trainer(callbacks=[Remembering(), StepCheckpoint(every_n_steps=2)])
+    with pytest.raises(TypeError, match=r"callbacks\.Remembering\.place is a PosixPath"):
+        trainer.fit(module, make_data())
+    assert trainer.global_step == 2
+
+
+class EnoughAfterOne(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_a_run_that_has_ended_under_fsdp2_has_finished_too(
+    make_module: Make, make_data: Make, make_trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fit(ckpt_path: str | None) -> list[str]:
+        trainer = make_trainer(
+            callbacks=[EnoughAfterOne()], strategy=ModelParallelStrategy(1, 1), devices=1
+        )
+        trainer.fit(make_module(schedule="never"), make_data(), ckpt_path=ckpt_path)
+        return saved(trainer)
+
+    with patch.dict(os.environ):  # into which the strategy writes where the processes meet
+        try:
+            assert fit(None) == ["step-000001.ckpt"]
+            with caplog.at_level("INFO"):
+                assert fit("last") == ["step-000001.ckpt"]
+        finally:
+            distributed.destroy_process_group()
+    assert "version_0 has finished: nothing is left to do" in caplog.text
