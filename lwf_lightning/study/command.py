@@ -115,7 +115,7 @@ def report(study: Study, console: Console) -> None:
     table = "\n".join([*(f"- Not there yet: {line}" for line in missing), told])
     with whole_file(study.folder / "results.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
-    pictures = draw_all(study, lines, records)
+    pictures = draw_all(study, lines, pooled, records)
     write_page(study, lines, pooled, records, missing, pictures, study.folder / "index.html")
     console.print(table, soft_wrap=True)
     console.print(f"Page: {study.folder / 'index.html'}", soft_wrap=True)

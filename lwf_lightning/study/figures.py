@@ -17,6 +17,7 @@ from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.planted import log_folder
+from lwf_lightning.study.pooled import Pooled
 from lwf_lightning.study.summary import Line
 
 if TYPE_CHECKING:
@@ -31,19 +32,27 @@ class Pictures:
     """PNG files in a study's folder.
 
     Attributes:
-        map: Of all cells; None if the study has none.
+        map: Where methods gain; None if the study has none.
+        pooled: Gains over all cells together; None with one cell.
         cells: Cell -> title -> file.
     """
 
     map: Path | None
+    pooled: Path | None
     cells: dict[str, dict[str, Path]]
 
 
-def draw_all(study: Study, lines: Sequence[Line], records: Sequence[Record]) -> Pictures:
-    """Draws what there is to draw: a map, and one set of pictures per cell."""
-    places = gain_map(study, lines)
+def draw_all(
+    study: Study, lines: Sequence[Line], pooled: Sequence[Pooled], records: Sequence[Record]
+) -> Pictures:
+    """Draws what there is to draw: a map, all cells together, and a set of pictures per cell."""
     folder = study.folder / "figures"
-    pictures = Pictures(_save(places, folder / "map.png") if places else None, {})
+    places, overall = gain_map(study, lines), gains(study, pooled, of="pairs of cell and seed")
+    pictures = Pictures(
+        map=_save(places, folder / "map.png") if places else None,
+        pooled=_save(overall, folder / "all-gain.png") if overall else None,
+        cells={},
+    )
     for cell in study.cells:
         own = [line for line in lines if line.cell == cell]
         if not own:
@@ -72,8 +81,10 @@ TITLES = {
 }
 
 
-def gains(study: Study, lines: Sequence[Line]) -> Figure | None:
-    """A dot and a 95 % interval per method, best first."""
+def gains(
+    study: Study, lines: Sequence[Line] | Sequence[Pooled], of: str = "seeds"
+) -> Figure | None:
+    """A dot and a 95 % interval per method, best first; ``of`` names what it is over."""
     shown = sorted(
         (line for line in lines if line.method != study.baseline),
         key=lambda line: -math.inf if math.isnan(line.gain.gain) else line.gain.gain,
@@ -97,7 +108,7 @@ def gains(study: Study, lines: Sequence[Line]) -> Figure | None:
     told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     axes.set_xlabel(
         f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit} "
-        f"(mean and 95 % interval, {told} seeds)"
+        f"(mean and 95 % interval, {told} {of})"
     )
     axes.grid(axis="x", alpha=0.3)
     return figure

@@ -74,6 +74,8 @@ def write_page(
             '<p class="note">The first interval is of these cells with other seeds: pairs of one '
             "cell share its data. The second takes the cells as the sample.</p>"
         )
+    if pictures.pooled is not None:
+        body.append(_picture("gain over all cells", pictures.pooled))
     if pictures.map is not None:
         body.append("<h2>where it pays</h2>" + _picture("where it pays", pictures.map))
     for cell in study.cells:
@@ -146,7 +148,9 @@ def _table(
     *,
     words_last: bool = False,
 ) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    head = "".join(
+        f"<th>{html.escape(heading.replace(' %', chr(0xA0) + '%'))}</th>" for heading in headings
+    )
     lines = [
         f'<tr class="{mark}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
         for row, mark in zip(rows, marks or [""] * len(rows), strict=True)

@@ -137,7 +137,10 @@ def test_it_can_be_what_others_are_measured_against(given: dict[str, Any]) -> No
     assert lines["b", "vanilla"].gain.gain == pytest.approx(np.mean(differences))
     assert lines["b", "beside"].gain.gain == 0.0
     report(study, Console(quiet=True))
-    assert "all cells, against LWF" in (study.folder / "index.html").read_text(encoding="utf-8")
+    page = (study.folder / "index.html").read_text(encoding="utf-8")
+    assert "all cells, against LWF" in page
+    assert 'alt="gain over all cells"' in page
+    assert (study.folder / "figures" / "all-gain.png").is_file()
 
 
 def test_before_a_way_is_picked_a_report_says_what_it_waits_for(given: dict[str, Any]) -> None:

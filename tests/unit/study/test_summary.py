@@ -81,7 +81,7 @@ def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
     pictures = [gains(study, own), gain_map(study, own)]
     assert pictures[0].axes[0].get_xlabel().startswith(axis)
     assert pictures[1].get_supylabel().startswith(axis)
-    write_page(study, own, [], [], [], Pictures(None, {}), tmp_path / "index.html")
+    write_page(study, own, [], [], [], Pictures(None, None, {}), tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert "in nats of <code>test/loss</code>, of which less is better" in page
 
@@ -92,7 +92,7 @@ def test_a_page_names_all_versions_and_keeps_the_pictures_of_cells_apart(tmp_pat
     found = [{**record, **told, "log": "none", "folder": "none"} for record in records()]
     for number, record in enumerate(found):
         record["versions"] = {"torch": "2.13" if number % 2 else "2.14", "python": "3.11"}
-    drawn = draw_all(study, summarize(study, found), found)
+    drawn = draw_all(study, summarize(study, found), [], found)
     assert {cell: len(own) for cell, own in drawn.cells.items()} == {"a": 2, "a: b": 2}
     write_page(study, summarize(study, found), [], found, [], drawn, tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
