@@ -106,10 +106,11 @@ def gains(
     axes.set_ylim(-0.6, len(shown) - 0.4)
     seeds = sorted({line.gain.seeds for line in shown})
     told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    axes.set_xlabel(
+    label = (
         f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit} "
         f"(mean and 95 % interval, {told} {of})"
     )
+    axes.set_xlabel(textwrap.fill(label, 60))
     axes.grid(axis="x", alpha=0.3)
     return figure
 
