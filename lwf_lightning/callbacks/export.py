@@ -65,8 +65,10 @@ class ExportCallback(L.Callback):
 
     def _is_own(self, trainer: L.Trainer, run: Path) -> bool:
         """Whether what is there is this run's: only LWFTrainer has a folder for each."""
-        if self.folder is None or not hasattr(trainer, "run_folder"):
-            return hasattr(trainer, "run_folder")
+        if not hasattr(trainer, "run_folder"):
+            return False
+        if self.folder is None:
+            return True
         if trainer.ckpt_path is None:  # it begins, perhaps in the folder of one that was removed
             return False
         marker = self._target(run) / _MARKER

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lwf_lightning.study.config import Study
-from lwf_lightning.study.measure import measure_of
+from lwf_lightning.study.measure import Measure, measure_of
 from lwf_lightning.study.pooled import Pooled
 from lwf_lightning.study.summary import Line
 
@@ -18,7 +18,7 @@ def headings_of(study: Study) -> tuple[str, ...]:
     return (
         "method",
         "seeds",
-        "mean" if measure.sign > 0 else f"mean, {measure.unit}, lower is better",
+        _mean_heading(measure),
         f"gain, {measure.unit} [95 % interval]",
         "p, adjusted",
         "share of the gap won back [95 %]",
@@ -138,7 +138,7 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
         "method",
         "cells",
         "pairs",
-        "mean" if measure.sign > 0 else f"mean, {measure.unit}, lower is better",
+        _mean_heading(measure),
         f"gain, {measure.unit}, over pairs of cell and seed [95 %]",
         "gain over cells [95 %]",
         "better in",
@@ -168,6 +168,10 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
         for row in (headings, *rows)
     )
     return [heading, "|" + "---|" * len(headings), *others]
+
+
+def _mean_heading(measure: Measure) -> str:
+    return "mean" if measure.sign > 0 else f"mean, {measure.unit}, lower is better"
 
 
 def _p_value(value: float) -> str:
