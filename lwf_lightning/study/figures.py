@@ -50,7 +50,7 @@ def draw_all(
     places, overall = gain_map(study, lines), gains(study, pooled, of="pairs of cell and seed")
     pictures = Pictures(
         map=_save(places, folder / "map.png") if places else None,
-        pooled=_save(overall, folder / "all-gain.png") if overall else None,
+        pooled=_save(overall, folder / "pooled.png") if overall else None,
         cells={},
     )
     for cell in study.cells:

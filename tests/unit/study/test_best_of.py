@@ -140,7 +140,7 @@ def test_it_can_be_what_others_are_measured_against(given: dict[str, Any]) -> No
     page = (study.folder / "index.html").read_text(encoding="utf-8")
     assert "all cells, against LWF" in page
     assert 'alt="gain over all cells"' in page
-    assert (study.folder / "figures" / "all-gain.png").is_file()
+    assert (study.folder / "figures" / "pooled.png").is_file()
 
 
 def test_before_a_way_is_picked_a_report_says_what_it_waits_for(given: dict[str, Any]) -> None:
