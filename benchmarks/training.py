@@ -283,7 +283,7 @@ def results(
     *,
     batch_size: int = 8,
     steps: int = 3,
-    rounds: int = 2,
+    rounds: int = 3,
     model: str = MODEL,
     only: Sequence[str] = (),
     quick: bool = False,
@@ -321,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Plain fine-tuning beside TRL and Trainer.")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="steps of a run; the first is warm-up")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", default=(), metavar="WAY", help="beside these only")
     parser.add_argument("--half", action="store_true", help="a model of 27 million parameters")

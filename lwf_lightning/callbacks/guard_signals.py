@@ -22,9 +22,10 @@ from lwf_lightning.generation import (
     positions_of,
     prompt_limit,
 )
-from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.losses import LabelledTokens, labelled_tokens
 from lwf_lightning.metrics.fluency import Fluency, fluency
 from lwf_lightning.module import LWFModule
+from lwf_lightning.packing import text_by_text
 
 NEUTRAL_PROMPTS = (
     "The weather today is",
@@ -93,9 +94,7 @@ class GuardSignals:
     @torch.no_grad()
     def watched_loss(self) -> float:
         """Loss of the watched validation examples, nats per token of the gold answers."""
-        with evaluation_mode(self.module.model):
-            losses = labelled_tokens(self.module.model, self._watched).token_losses()
-        return self.highest(float(losses.mean()))
+        return self.highest(float(self._labelled(self._watched).token_losses().mean()))
 
     @torch.no_grad()
     def jump(self, batch: Batch, nll: Tensor) -> float:
@@ -108,12 +107,16 @@ class GuardSignals:
         few = {name: rows[:_JUMP_TEXTS] for name, rows in batch.items()}
         if len(nll) == 0:  # every pushed text is on another process, which may wait for this one
             few = {name: rows[:1] for name, rows in self._watched.items()}
-        with evaluation_mode(self.module.model):
-            tokens = labelled_tokens(self.module.model, few)
+        tokens = self._labelled(few)
         if len(nll) == 0:
             return self.highest(float("-inf"))
         rises = tokens.per_text(tokens.token_losses()) - nll[:_JUMP_TEXTS]
         return self.highest(float(rises.mean()))
+
+    def _labelled(self, batch: Batch) -> LabelledTokens:
+        model = self.module.model
+        with evaluation_mode(model), text_by_text(model, batch):
+            return labelled_tokens(model, batch)
 
     def fluency(self) -> Fluency:
         """Fluency of greedy continuations of the prompts."""

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lwf_lightning import AscentGuard
-from lwf_lightning.data.batch import collate
+from lwf_lightning.data.batch import IGNORE_INDEX, collate
 from lwf_lightning.losses import per_text_loss
 
 Make = Callable[..., Any]
@@ -96,6 +96,25 @@ def test_a_healthy_run_is_bit_for_bit_the_run_without_a_guard(fit: Make) -> None
     assert module.unlearning_steps > 2
     assert torch.equal(torch.get_rng_state(), random_state)
     torch.testing.assert_close(with_guard.weights, without.weights, rtol=0, atol=0)
+
+
+def test_what_is_watched_is_looked_at_without_padding(fit: Make) -> None:
+    guard = AscentGuard(watched_texts=5)
+    _, module, _ = fit(guard, {})
+    signals, seen = guard._signals, []
+    watched = signals._watched
+    held = watched["attention_mask"].sum(dim=1).tolist()
+    assert len(set(held)) > 1
+    module.model.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    loss, jump = signals.watched_loss(), signals.jump(watched, torch.zeros(5))
+    assert seen == [(1, sum(held)), (1, sum(held[:4]))]
+    texts = [{k: v[i : i + 1, :n] for k, v in watched.items()} for i, n in enumerate(held)]
+    sums = torch.cat([per_text_loss(module.model, text, reduction="sum") for text in texts])
+    tokens = (watched["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
+    torch.testing.assert_close(loss, float(sums.sum() / tokens.sum()), rtol=1e-5, atol=0)
+    torch.testing.assert_close(jump, float((sums / tokens)[:4].mean()), rtol=1e-5, atol=0)
 
 
 def test_what_was_done_is_logged_and_written(fit: Make, caplog: pytest.LogCaptureFixture) -> None:
