@@ -94,8 +94,12 @@ class SignalConnector(_SignalConnector):
 
     SIGTERM saves and leaves; SLURM's signal saves, has the job requeued and goes on. Where nothing
     is trained, SIGTERM leaves at once.
+
+    Attributes:
+        trains: Whether a fit is one: ``elicit`` and ``score`` borrow it, and take no step.
     """
 
+    trains = True
     _terminate = False
     _requeue: tuple[Any, Any] | None = None
 
@@ -103,7 +107,7 @@ class SignalConnector(_SignalConnector):
         """See Lightning's."""
         self._requeue = None
         super().register_signal_handlers()
-        self._leave_unless_fitting()  # when told after the last step of a fit
+        self._leave_unless_training()  # when told after the last step of a fit
 
     def _sigterm_notifier_fn(self, signum: Any, frame: FrameType) -> None:
         # Lightning's would talk to the other processes here, in the middle of whatever they do,
@@ -112,10 +116,10 @@ class SignalConnector(_SignalConnector):
         if not self._terminate and launcher is not None:
             launcher.kill(signum)
         self._terminate = True
-        self._leave_unless_fitting()
+        self._leave_unless_training()
 
-    def _leave_unless_fitting(self) -> None:
-        if self._terminate and self.trainer.state.fn != TrainerFn.FITTING:
+    def _leave_unless_training(self) -> None:
+        if self._terminate and not (self.trains and self.trainer.state.fn == TrainerFn.FITTING):
             self._leave("SIGTERM: leaving")
 
     def _leave(self, message: str) -> NoReturn:

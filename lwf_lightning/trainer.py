@@ -154,7 +154,7 @@ class LWFTrainer(L.Trainer):
         for evaluation in (self.validate_loop, self.test_loop):
             evaluation._print_results = print_results  # type: ignore[method-assign]
         self._checkpoint_connector: CheckpointConnector = CheckpointConnector(self)
-        self._signal_connector = SignalConnector(self)
+        self._signal_connector: SignalConnector = SignalConnector(self)
 
     @property
     def log_dir(self) -> str | None:
@@ -320,11 +320,13 @@ class LWFTrainer(L.Trainer):
         # A run that its limits have ended would not be begun at all, so this has none.
         self.fit_loop = _FitLoop(self, min_epochs=0, max_epochs=-1)
         self.fit_loop.epoch_loop = StepLoop(self, max_steps=sys.maxsize)
+        self._signal_connector.trains = False
         try:
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
         finally:  # the trainer is as it was for a fit that comes later
             for name, value in own.items():
                 setattr(self, name, value)
+            self._signal_connector.trains = True
         if datamodule.self_knowledge is None:
             raise ValueError("the run stopped before anything was elicited")
         return datamodule.self_knowledge

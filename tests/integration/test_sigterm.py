@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+
+from lwf_lightning.callbacks import fisher
 
 Make = Callable[..., Any]
 
@@ -50,6 +53,32 @@ def test_an_evaluation_that_is_told_to_leave_does(
     assert "SIGTERM: leaving" in caplog.text
     assert told.batches == 0
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_scoring_that_is_told_to_leave_does(
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def told(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fisher, "forgetting_confidence", told)
+    trainer, data = make_trainer(callbacks=[make_callback()], max_steps=2), make_data()
+    module, file = make_module(), tmp_path / "scores.jsonl"
+    with pytest.raises(SystemExit) as left:
+        trainer.score(module, data, output=str(file))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert not file.exists()
+    monkeypatch.undo()
+    told_once = Told("on_train_batch_start")
+    trainer.callbacks.append(told_once)
+    with pytest.raises(SystemExit):  # a fit of the same trainer takes its step and saves
+        trainer.fit(module, data)
+    assert trainer.global_step == 1
 
 
 def test_told_after_the_last_step_it_ends_the_fit_and_tests_nothing(
