@@ -207,14 +207,23 @@ def _exact(
     return found
 
 
+def sizes_up_to(texts: int) -> list[int]:
+    """The numbers of learning texts behind a Fisher, where there are so many.
+
+    Example:
+        >>> sizes_up_to(48), sizes_up_to(64), sizes_up_to(7634)
+        ([8, 16, 32, 48], [8, 16, 32, 64], [8, 16, 32, 64, 128, 256])
+    """
+    most = min(texts, max(SIZES))
+    return [*(size for size in SIZES if size < most), most]
+
+
 def _by_size(
     ground: Ground, own: Sequence[EncodedText], anchor: dict[str, Tensor], seed: int
 ) -> list[list[Scored]]:
     """One list per draw: the diagonal Fisher by more and more texts, with both estimators."""
     learning, batches = ground.data.learning_encoded, ground.batches(own)
-    sizes = [size for size in SIZES if size < len(learning)]
-    sizes.append(min(len(learning), max(SIZES)))
-    steps = list(itertools.pairwise([0, *sizes]))
+    steps = list(itertools.pairwise([0, *sizes_up_to(len(learning))]))
     found: list[list[Scored]] = [[] for _ in range(DRAWS)]
     sums: dict[str, Tensor] = {}
     every = list(itertools.product(range(DRAWS), ESTIMATORS, steps))
