@@ -101,7 +101,8 @@ def elicit(
 ) -> SelfKnowledge:
     """Lets the base model answer prompts greedily: step 1 of the paper (arXiv 2505.19715).
 
-    With a LoRA adapter it is switched off meanwhile: the answers are the base model's.
+    The base model is the model as it is given: a LoRA adapter that changes nothing yet is switched
+    off meanwhile, any other is part of it.
 
     Args:
         model: A ``transformers`` causal LM holding the base weights.
@@ -159,8 +160,8 @@ def elicit(
         if (known := ranks.from_first(lambda: _read_cache(file, key))) is not None:
             return known
 
-    adapter_off: Any = nullcontext if base is model else model.disable_adapter
-    with adapter_off():
+    without: Any = nullcontext if base is model or _adapts(base) else model.disable_adapter
+    with without():
         share = generate_answers(
             model,
             tokenizer,
@@ -203,18 +204,33 @@ def _checked_tasks(prompts: Sequence[str], tasks: Sequence[str] | None) -> Seque
     return names
 
 
+def _adapts(base: Any) -> bool:
+    """Whether a LoRA adapter changes what the model computes, as one that has learned does.
+
+    One of PiSSA does so from the start: it holds a part of the weights that it was put on. The
+    second factor is what starts at 0 (of an embedding's the first).
+    """
+    starts_at_zero = (".lora_B.", ".lora_embedding_A.")
+    return any(
+        bool(whole(parameter.detach()).any())
+        for name, parameter in base.named_parameters()
+        if any(part in name for part in starts_at_zero)
+    )
+
+
 @torch.no_grad()
 def _fingerprint(base: Any, content: object) -> str:
     """Hash of the base weights' names, shapes, types and bytes, the architecture and ``content``.
 
-    A LoRA adapter is left out and its wrapping taken off the names, so that full fine-tuning and
-    LoRA share what they elicit.
+    A LoRA adapter that changes nothing is left out and its wrapping taken off the names, so that
+    full fine-tuning and LoRA share what they elicit.
     """
     digest = hashlib.sha256()
     config = comparable_config(base)
     digest.update(json.dumps([config, content], sort_keys=True, default=str).encode())
+    adapts = _adapts(base)
     for name, tensor in base.state_dict().items():
-        if ".lora_" in name:
+        if ".lora_" in name and not adapts:
             continue
         name = name.replace(".base_layer.", ".")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

@@ -232,21 +232,38 @@ def test_anything_else_is(
     assert generations == expected  # a template that changes no token changes no answer
 
 
+TARGETS = ["q_proj", "down_proj", "embed_tokens"]
+
+
 def test_lora_shares_the_base_models_answers(
     model: Any, tokenizer: Any, generations: list[int], tmp_path: Path
 ) -> None:
     plain = ask(model, tokenizer, cache_dir=tmp_path)
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, config)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS))
     assert ask(wrapped, tokenizer) == plain
     assert ask(wrapped, tokenizer, cache_dir=tmp_path) == plain
     assert generations == [7, 7]
     trains = [name for name, p in wrapped.named_parameters() if p.requires_grad]
-    assert len(trains) == 8
+    assert len(trains) == 10
     assert all("lora_" in name for name in trains)
+
+
+@pytest.mark.parametrize("start", ["pissa", "learned"])
+def test_an_adapter_that_changes_the_model_takes_part(
+    start: str, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    plain = ask(model, tokenizer, cache_dir=tmp_path)
+    is_learned = start == "learned"
+    config = LoraConfig(r=2, target_modules=TARGETS[:2], init_lora_weights=is_learned or start)
+    wrapped = get_peft_model(model, config)
+    if is_learned:
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter)
+    found = ask(wrapped, tokenizer, cache_dir=tmp_path)
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    assert found == ask(merged, tokenizer)
+    assert (found == plain) != is_learned  # what PiSSA takes from the weights, it adds again
 
 
 @pytest.mark.parametrize(
