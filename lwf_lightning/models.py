@@ -218,10 +218,24 @@ def export_model(
         if isinstance(model, PeftModel):
             saved = {temporary / "adapter": model}
             if merge:
-                saved[temporary / "merged"] = _copy_in_main_memory(model).merge_and_unload()
+                saved[temporary / "merged"] = _merged(_copy_in_main_memory(model))
         for place, part in saved.items():
             part.save_pretrained(str(place))
             tokenizer.save_pretrained(str(place))
+
+
+def _merged(model: Any) -> Any:
+    """A LoRA model with its adapter worked in; the given one is of no more use."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    tied = (base.get_input_embeddings(), base.get_output_embeddings())
+    if tied[1] is not None and any(isinstance(layer, BaseTunerLayer) for layer in tied):
+        # What is worked into one must not change the other, whose weight it may share.
+        head: Any = getattr(tied[1], "base_layer", tied[1])
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), False)
+        base.config.tie_word_embeddings = False
+    return model.merge_and_unload()
 
 
 def _copy_in_main_memory(model: Any) -> Any:

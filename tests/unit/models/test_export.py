@@ -45,8 +45,11 @@ def test_an_exported_model_loads_back_equal(folder: Path, tmp_path: Path, take_s
         (adapter(use_dora=True), False),
         (adapter(modules_to_save=["lm_head"]), False),
         (adapter(target_modules=["embed_tokens", "v_proj"]), False),
+        (adapter(target_modules=["embed_tokens", "v_proj"]), True),
+        (adapter(target_modules=["lm_head", "v_proj"]), True),
+        (adapter(target_modules=["lm_head", "embed_tokens"]), True),
     ],
-    ids=["plain", "tied", "dora", "modules_to_save", "embedding"],
+    ids=["plain", "tied", "dora", "modules_to_save", "embedding", "tied_in", "tied_out", "both"],
 )
 def test_an_exported_adapter_loads_back_equal(
     make_llama: Callable[..., Any],
