@@ -40,6 +40,25 @@ def changed_fields(lora: LoraConfig) -> dict[str, Any]:
     }
 
 
+def check_passed_on(taken: Mapping[str, Any], passed: Mapping[str, Any], owner: str) -> None:
+    """Refuses two values of one name, which a checkpoint could not tell apart.
+
+    Args:
+        taken: Arguments of a class that derives from LWFModule, and what it takes from it.
+        passed: What LWFModule was given.
+        owner: Name of that class.
+
+    Raises:
+        ValueError: If an argument of the class is another than the one of that name it passes on.
+    """
+    for name, value in passed.items():
+        if name in taken and taken[name] is not value and taken[name] != value:
+            raise ValueError(
+                f"{owner} takes {name}={taken[name]!r} and passes {name}={value!r} on to LWFModule: "
+                f"give its own argument another name than {name}"
+            )
+
+
 def check_ranges(values: Mapping[str, Any]) -> None:
     """Refuses a name that is unknown and a value that is out of range.
 

@@ -32,6 +32,7 @@ from lwf_lightning.hyperparameters import (
     TrainingDtype,
     WithoutScores,
     changed_fields,
+    check_passed_on,
     check_ranges,
     lora_config,
 )
@@ -153,10 +154,12 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         max_skipped_steps: int = 10,
         seed: int = 0,
     ) -> None:
+        passed = dict(locals())
         super().__init__()
         self.automatic_optimization = False
         self.lora = lora_config(lora)
         self.save_hyperparameters(ignore=["lora"])
+        check_passed_on(self.hparams, passed, type(self).__name__)
         self.hparams["lora"] = None if self.lora is None else changed_fields(self.lora)
         check_ranges(self.hparams)
         self.schedule = UnlearningSchedule(schedule, unlearning_interval, ahead_steps, seed)

@@ -259,8 +259,9 @@ class AscentGuard(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Looks at the validation loss, where the task has one."""
-        module, loss = cast(LWFModule, pl_module), trainer.callback_metrics.get("val/loss")
-        if module.guard is not self or trainer.sanity_checking or loss is None:
+        loss = trainer.callback_metrics.get("val/loss")
+        is_guarded = getattr(pl_module, "guard", None) is self  # no fit has asked which module it is
+        if not is_guarded or trainer.sanity_checking or loss is None:
             return
         step, state = trainer.global_step, self.state
         breach = state.validation.breach("val/loss", float(loss), self.limits.max_rise)

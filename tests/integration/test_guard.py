@@ -210,6 +210,15 @@ def test_the_trainer_adds_a_guard_unless_told_otherwise(make_trainer: Make) -> N
     assert guards(make_trainer(ascent_guard=False)) == []
 
 
+def test_a_module_of_ones_own_is_validated_beside_it(make_trainer: Make) -> None:
+    class Logs(BoringModel):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", 1.0)
+
+    trainer = make_trainer(callbacks=[AscentGuard()], limit_val_batches=1)
+    assert trainer.validate(Logs()) == [{"val/loss": 1.0}]
+
+
 def test_bad_values_and_other_modules_are_refused(make_trainer: Make) -> None:
     with pytest.raises(ValueError, match=r"AscentGuard.watched_texts must be at least 1, got 0"):
         AscentGuard(watched_texts=0)
