@@ -31,6 +31,20 @@ def lora_config(lora: Any) -> LoraConfig | None:
     return LoraConfig(**lora)
 
 
+def check_adapter(had_adapter: bool, lora: LoraConfig | None) -> None:
+    """Refuses the weights of a model with an adapter for one without, and the other way.
+
+    Raises:
+        ValueError: It names the argument as the command line does.
+    """
+    if had_adapter != (lora is not None):
+        was, way = ("with", "set it as there") if had_adapter else ("without", "leave it out")
+        raise ValueError(
+            f"the checkpoint was made {was} model.init_args.lora: {way}, or begin a run with the "
+            "model of the checkpoint (python cli.py export)"
+        )
+
+
 def changed_fields(lora: LoraConfig) -> dict[str, Any]:
     """What differs from the default, as primitives that load under ``weights_only=True``."""
     default = asdict(type(lora)())
@@ -52,10 +66,12 @@ def check_passed_on(taken: Mapping[str, Any], passed: Mapping[str, Any], owner: 
         ValueError: If an argument of the class is another than the one of that name it passes on.
     """
     for name, value in passed.items():
-        if name in taken and taken[name] is not value and taken[name] != value:
+        if not isinstance(value, (str, int, float)):  # a command line turns tuples into lists
+            continue
+        if name in taken and taken[name] != value:
             raise ValueError(
-                f"{owner} takes {name}={taken[name]!r} and passes {name}={value!r} on to LWFModule: "
-                f"give its own argument another name than {name}"
+                f"{owner} takes {name}={taken[name]!r} and passes {name}={value!r} on to "
+                f"LWFModule: give its own argument another name than {name}"
             )
 
 

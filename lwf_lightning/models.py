@@ -185,7 +185,10 @@ def load_model(
             model.enable_input_require_grads()  # else no gradient reaches the adapter
         lora = copy.deepcopy(lora)  # PEFT writes into it
         lora.task_type = "CAUSAL_LM"
-        model = get_peft_model(model, lora)
+        try:
+            model = get_peft_model(model, lora)
+        except ValueError as error:  # such as target modules that the model has not
+            raise ValueError(f"model.init_args.lora: {error}") from error
     return model.train()  # type: ignore[no-any-return]
 
 

@@ -32,6 +32,7 @@ from lwf_lightning.hyperparameters import (
     TrainingDtype,
     WithoutScores,
     changed_fields,
+    check_adapter,
     check_passed_on,
     check_ranges,
     lora_config,
@@ -311,7 +312,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
                 "trainer.callbacks, or set model.init_args.without_scores to use_all, or "
                 "model.init_args.schedule to never"
             )
-        self._warn_without_unlearning()
+        self._warn_without_unlearning(0)
         with exchanged_weights(self.model, self.base_weights):
             self._data.elicit_self_knowledge(self.model)
             if isinstance(self.regularizer, WeightPull) and self.regularizer.needs_fisher:
@@ -322,6 +323,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
 
     def on_train_start(self) -> None:
         """Has a resumed run follow its own arguments, and dropout go on where it was."""
+        if start := self.trainer.global_step:
+            self._warn_without_unlearning(start)
         for optimizer, arguments in zip(self.trainer.optimizers, self._arguments, strict=True):
             take_arguments(optimizer, arguments)
         schedule = self.lr_schedulers()
@@ -381,6 +384,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
                 "as model.init_args.model_name"
             )
         state = checkpoint["lwf"]
+        check_adapter(state["base_weights"] is not None, self.lora)
         check_resumable(self._trainer, state)
         self.unlearning_steps = state["unlearning_steps"]
         self._unlearned_before = state["unlearned_before"]

@@ -94,12 +94,8 @@ class SignalConnector(_SignalConnector):
 
     SIGTERM saves and leaves; SLURM's signal saves, has the job requeued and goes on. Where nothing
     is trained, SIGTERM leaves at once.
-
-    Attributes:
-        trains: Whether a fit is one: ``elicit`` and ``score`` borrow it, and take no step.
     """
 
-    trains = True
     _terminate = False
     _requeue: tuple[Any, Any] | None = None
 
@@ -119,7 +115,8 @@ class SignalConnector(_SignalConnector):
         self._leave_unless_training()
 
     def _leave_unless_training(self) -> None:
-        if self._terminate and not (self.trains and self.trainer.state.fn == TrainerFn.FITTING):
+        trainer: Any = self.trainer
+        if self._terminate and not (trainer.trains and trainer.state.fn == TrainerFn.FITTING):
             self._leave("SIGTERM: leaving")
 
     def _leave(self, message: str) -> NoReturn:

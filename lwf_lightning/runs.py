@@ -79,7 +79,8 @@ def folder_of(trainer: L.Trainer) -> Path | None:
     With a Trainer of Lightning's own it may hold what others wrote.
     """
     folder = trainer.log_dir or trainer.default_root_dir
-    return None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]
+    writes = not (trainer.fast_dev_run or trainer.barebones)  # type: ignore[attr-defined]
+    return Path(folder) if writes else None
 
 
 def begin_run(folder: Path, values: Mapping[str, Any]) -> None:

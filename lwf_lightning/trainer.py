@@ -91,7 +91,10 @@ class LWFTrainer(L.Trainer):
     Attributes:
         run_folder: The folder of the run, whatever the loggers: a new one, or that of the run that
             goes on.
+        trains: Whether a fit is one: ``elicit`` and ``score`` borrow it, and take no step.
     """
+
+    trains = True
 
     def __init__(
         self,
@@ -180,6 +183,7 @@ class LWFTrainer(L.Trainer):
             weights_only: Whether a checkpoint may hold tensors and primitives only.
             output: Path of the JSONL file: task, row, prompt, answer.
         """
+        _check_output(output)
         knowledge = self._stop_early(_Elicit(), model, datamodule, ckpt_path, weights_only)
         if not self.is_global_zero:
             return
@@ -210,6 +214,7 @@ class LWFTrainer(L.Trainer):
             output: Path of the JSONL file, highest confidence first: task, row, prompt, answer,
                 alignment, sensitivity, confidence, selected.
         """
+        _check_output(output)
         callback, stop = _fisher_callback(self), _Score()
         saves, callback.save_tensors = callback.save_tensors, False
         try:
@@ -320,16 +325,23 @@ class LWFTrainer(L.Trainer):
         # A run that its limits have ended would not be begun at all, so this has none.
         self.fit_loop = _FitLoop(self, min_epochs=0, max_epochs=-1)
         self.fit_loop.epoch_loop = StepLoop(self, max_steps=sys.maxsize)
-        self._signal_connector.trains = False
+        self.trains = False
         try:
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
         finally:  # the trainer is as it was for a fit that comes later
             for name, value in own.items():
                 setattr(self, name, value)
-            self._signal_connector.trains = True
+            self.trains = True
         if datamodule.self_knowledge is None:
             raise ValueError("the run stopped before anything was elicited")
         return datamodule.self_knowledge
+
+
+def _check_output(output: str) -> None:
+    """Raises ``ValueError``, before any work, if no file can be written there."""
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder: name a file in it")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _fisher_callback(trainer: L.Trainer) -> FisherCallback:

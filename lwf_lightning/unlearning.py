@@ -78,15 +78,18 @@ class UnlearningMixin(L.LightningModule):
                 "or have FisherCallback choose fewer, by forgetting_rate and strategy"
             )
 
-    def _warn_without_unlearning(self) -> None:
+    def _warn_without_unlearning(self, start: int) -> None:
         """Elicitation and scores would be for nothing, and the run be called what it is not."""
         steps, schedule = learning_steps(self.trainer), self.schedule
-        if steps is None or not schedule.unlearns or schedule.unlearns_between(0, steps):
+        if steps is None or not schedule.unlearns or self.unlearning_steps > 0:
             return
+        if schedule.unlearns_between(start, steps):
+            return
+        done = f", {start} of which a checkpoint has brought along" if start else ""
         rank_zero_warn(
             "no step of this run unlearns, it is plain fine-tuning: model.init_args.schedule is "
             f"{schedule.kind} with unlearning_interval {schedule.interval}, and the run has "
-            f"{steps} learning steps. Lower unlearning_interval, or set schedule to never"
+            f"{steps} learning steps{done}. Lower unlearning_interval, or set schedule to never"
         )
 
     def _unlearn(self) -> None:

@@ -306,6 +306,11 @@ class FisherCallback(L.Callback):
             threshold=self.threshold,
             seed=self.seed,
         ).tolist()
+        if not self.forget_set:
+            rank_zero_warn(
+                "nothing is forgotten: no text's confidence reaches FisherCallback's threshold "
+                f"{self.threshold}: the highest is {float(self.scores.confidence.max()):.3g}"
+            )
         self.refreshed_at = trainer.global_step
         if isinstance(pl_module, LWFModule):
             pl_module.choose_forget_set(self.forget_set)

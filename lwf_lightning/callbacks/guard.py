@@ -37,6 +37,10 @@ _ADVICE = {
     "pause": "Lower model.init_args.unlearning_scale or raise unlearning_interval",
     "stop": "Lower model.init_args.unlearning_scale or set unlearning_ceiling before the next run",
 }
+_NO_LATER_STEP = (
+    "No more is unlearned in this run: schedule ahead has no later step. Lower "
+    "model.init_args.unlearning_scale or ahead_steps before the next run"
+)
 
 
 class AscentGuard(L.Callback):
@@ -260,7 +264,8 @@ class AscentGuard(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Looks at the validation loss, where the task has one."""
         loss = trainer.callback_metrics.get("val/loss")
-        is_guarded = getattr(pl_module, "guard", None) is self  # no fit has asked which module it is
+        # Without a fit nobody has asked which module it is.
+        is_guarded = getattr(pl_module, "guard", None) is self
         if not is_guarded or trainer.sanity_checking or loss is None:
             return
         step, state = trainer.global_step, self.state
@@ -292,10 +297,12 @@ class AscentGuard(L.Callback):
         }
         self.state.records.append(row)
         damped = f" (damped to {self.scale:.3g} of unlearning_scale)" if self.scale < 1 else ""
-        rank_zero_info(f"AscentGuard: step {step}: {breach}: {action}. {_ADVICE[action]}{damped}")
+        is_over = self._module.schedule.kind == "ahead" and action in ("pause", "undo and rest")
+        advice = _NO_LATER_STEP if is_over else _ADVICE[action]
+        rank_zero_info(f"AscentGuard: step {step}: {breach}: {action}. {advice}{damped}")
         self._log({"guard/actions": float(len(self.state.records))})
         folder = folder_of(self._trainer)
-        if folder and self._trainer.loggers and ranks_of(self._trainer).is_first:
+        if folder and ranks_of(self._trainer).is_first:
             write_jsonl(folder / "guard.jsonl", self.state.records)
 
     def _log(self, figures: Mapping[str, float]) -> None:

@@ -40,7 +40,8 @@ def log_refresh(
             if rows:
                 logger.experiment.add_text("forget/texts", markdown_table(rows), step)
     folder = folder_of(trainer)
-    if folder and rows and trainer.loggers and trainer.is_global_zero:
+    trains = getattr(trainer, "trains", True)  # or else score writes where it is told to
+    if folder and rows and trains and trainer.is_global_zero:
         write_jsonl(folder / "scores" / f"step-{step:06d}.jsonl", rows)
     rank_zero_info(
         f"FisherCallback: step {step}: {len(forget_set)} of {len(confidence)} texts "

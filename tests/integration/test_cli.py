@@ -121,6 +121,17 @@ def test_a_command_line_of_ones_own_goes_on_in_its_run(
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 4
 
 
+@pytest.mark.parametrize("subcommand", ["elicit", "score"])
+def test_a_folder_as_output_is_refused_before_any_work(
+    subcommand: str, run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(subcommand, "--output", str(tmp_path))
+    said = capsys.readouterr().err
+    assert f"--output {tmp_path} is a folder: name a file in it" in said
+    assert "Eliciting" not in said
+
+
 def test_score_writes_what_a_person_can_read(
     run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

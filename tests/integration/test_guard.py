@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lwf_lightning import AscentGuard
+from lwf_lightning.callbacks.guard_signals import GuardSignals
 from lwf_lightning.data.batch import IGNORE_INDEX, collate
 from lwf_lightning.losses import per_text_loss
 
@@ -148,6 +150,22 @@ def test_a_resumed_guard_goes_on_where_it_was(fit: Make, tmp_path: Path) -> None
     torch.testing.assert_close(rest.weights, whole.weights[7:], rtol=0, atol=0)
 
 
+def test_what_is_chosen_and_done_is_written_without_loggers_too(fit: Make) -> None:
+    trainer, _, _ = fit(AscentGuard(), absurd(), logger=False)
+    assert (trainer.run_folder / "guard.jsonl").is_file()
+    assert (trainer.run_folder / "scores" / "step-000000.jsonl").is_file()
+
+
+def test_a_pause_of_what_is_ahead_only_is_said_to_be_the_end(
+    fit: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = itertools.chain([1.0, 1.05], itertools.repeat(5.0))
+    monkeypatch.setattr(GuardSignals, "watched_loss", lambda _: next(losses))
+    with caplog.at_level("INFO"):
+        fit(AscentGuard(max_rise=10.0, max_burst_rise=1.0), {"schedule": "ahead"}, max_steps=1)
+    assert "undo and rest. No more is unlearned in this run: schedule ahead has no" in caplog.text
+
+
 def test_replay_and_plain_fine_tuning_are_not_guarded(fit: Make) -> None:
     for options in ({"objective": "replay"}, {"schedule": "never"}):
         guard = AscentGuard(max_rise=1e-9, max_jump=1e-9)
@@ -156,7 +174,6 @@ def test_replay_and_plain_fine_tuning_are_not_guarded(fit: Make) -> None:
 
 
 def test_lost_fluency_pauses_and_then_stops(fit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lwf_lightning.callbacks.guard_signals import GuardSignals
     from lwf_lightning.metrics.fluency import Fluency
 
     monkeypatch.setattr(GuardSignals, "base_fluency", lambda _: Fluency(0.0, 1.0, 1.0))
@@ -173,8 +190,6 @@ def test_lost_fluency_pauses_and_then_stops(fit: Make, monkeypatch: pytest.Monke
 def test_a_burst_may_raise_the_watched_loss_further_than_one_step(
     fit: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lwf_lightning.callbacks.guard_signals import GuardSignals
-
     def rests(guard: AscentGuard) -> list[int]:
         losses = (2 + 0.1 * number for number in range(10))  # before the burst and after each step
         monkeypatch.setattr(GuardSignals, "watched_loss", lambda _: next(losses))

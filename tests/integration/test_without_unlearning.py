@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
 Make = Callable[..., Any]
 
@@ -88,3 +90,44 @@ def test_with_nothing_to_retain_the_run_says_so(
     said, _ = warnings_of(model | {"unlearning_retain": 1.0}, callback, max_steps=1)
     assert len(said) == 1
     assert "unlearning_retain has nothing to retain" in said[0]
+
+
+def test_a_threshold_that_no_text_reaches_is_named(warnings_of: Make) -> None:
+    callback = {"strategy": "threshold", "threshold": 1e9}
+    said, steps = warnings_of({"unlearning_interval": 2}, callback, max_steps=3)
+    assert steps == 0
+    assert len(said) == 1
+    assert "no text's confidence reaches FisherCallback's threshold 1000000000.0" in said[0]
+
+
+def test_a_checkpoint_that_is_past_what_was_ahead_says_so(
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    file = str(tmp_path / "plain.ckpt")
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(make_module(schedule="never"), make_data())
+    trainer.save_checkpoint(file)
+    ahead = make_module(schedule="ahead", ahead_steps=2)
+    trainer = make_trainer(max_steps=4, callbacks=[make_callback()])
+    trainer.fit(ahead, make_data(), ckpt_path=file)
+    assert ahead.unlearning_steps == 0
+    said = [str(warning.message) for warning in recwarn]
+    (text,) = [text for text in said if "no step of this run unlearns" in text]
+    assert "4 learning steps, 2 of which a checkpoint has brought along" in text
+
+
+def test_a_checkpoint_of_all_weights_is_none_of_an_adapter(
+    make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "whole.ckpt")
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(make_module(schedule="never"), make_data())
+    trainer.save_checkpoint(file)
+    adapter = make_module(schedule="never", lora=LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"made without model.init_args.lora: leave it out, or"):
+        make_trainer(max_steps=2).fit(adapter, make_data(), ckpt_path=file)

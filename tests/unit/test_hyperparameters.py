@@ -22,8 +22,8 @@ class PassesOn(LWFModule):
 def test_two_values_of_one_name_are_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"Converts takes learning_rate=3.0 and passes learning_rate=0.000\d+ on to LWFModule: "
-        "give its own argument another name",
+        match=r"Converts takes learning_rate=3.0 and passes learning_rate=0.000\d+ on to "
+        "LWFModule: give its own argument another name",
     ):
         Converts(3.0)
 

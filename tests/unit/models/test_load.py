@@ -185,6 +185,11 @@ def test_lora_starts_alike_under_the_same_seed(folder: Path) -> None:
     assert not any(torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
+def test_target_modules_that_the_model_has_not_are_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model.init_args.lora: Target modules .*nope"):
+        load_model(folder, lora=LoraConfig(r=2, target_modules=["nope"]))
+
+
 def test_the_lora_configuration_is_left_as_it_is(folder: Path) -> None:
     config = adapter()
     before = config.to_dict()
