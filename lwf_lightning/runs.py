@@ -131,6 +131,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a file of this name counts as one of StepCheckpoint's, old ones of which go.
+
+    Example:
+        >>> is_checkpoint_name("step-000100.ckpt"), is_checkpoint_name("epoch=0-step=100.ckpt")
+        (True, False)
+    """
+    return _CHECKPOINT.fullmatch(name) is not None
+
+
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that is not damaged; a damaged one is named in a warning.
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lwf_lightning.files import remove_leftovers
 from lwf_lightning.loggers import BoardLogger, TableLogger
-from lwf_lightning.runs import checkpoints, folder_of
+from lwf_lightning.runs import checkpoints, folder_of, is_checkpoint_name
 
 
 class StepCheckpoint(Checkpoint):
@@ -49,6 +49,7 @@ class StepCheckpoint(Checkpoint):
         if stage != "fit":
             return
         self._folder = folder_of(trainer) or Path()
+        _check_names(trainer, self._folder / "checkpoints")
         self._saved_at = 0
         self._limits = None
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -119,6 +120,21 @@ class StepCheckpoint(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         """The limits of the run, if it has ended."""
         return {"limits": self._limits}
+
+
+def _check_names(trainer: L.Trainer, folder: Path) -> None:
+    """Refuses a callback whose files would be taken for this one's, and removed."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.dirpath is not None and Path(callback.dirpath).resolve() != folder.resolve():
+            continue
+        name = Path(callback.format_checkpoint_name({"epoch": 0, "step": 1})).name
+        if is_checkpoint_name(name):
+            raise ValueError(
+                f"ModelCheckpoint's filename {callback.filename!r} makes names such as {name}, which "
+                "are those of StepCheckpoint: give it another filename"
+            )
 
 
 def time_is_up(trainer: Any) -> bool:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lwf_lightning.callbacks import AscentGuard, ExportCallback, StepCheckpoint
@@ -381,6 +381,21 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(
     torch.testing.assert_close(
         copy_weights(module.model), copy_weights(whole.model), rtol=0, atol=0
     )
+
+
+def test_a_file_that_would_be_taken_for_a_step_checkpoint_is_refused(
+    make_module: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    named = {"filename": "step-{step:06d}", "auto_insert_metric_name": False, "save_top_k": -1}
+    elsewhere = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=1, **named)
+    for saver, refusal in (
+        (ModelCheckpoint(**named), pytest.raises(ValueError, match=r"such as step-000001.ckpt")),
+        (elsewhere, nullcontext()),
+    ):
+        trainer = make_trainer(callbacks=[StepCheckpoint(keep=1), saver], max_steps=2)
+        with refusal:
+            trainer.fit(make_module(schedule="never"), make_data())
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_no_checkpoints_are_saved_where_none_are_wanted(make_trainer: Make) -> None:
