@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import tensor
 
 from lwf_lightning.files import remove_leftovers
 from lwf_lightning.loggers import BoardLogger, TableLogger
@@ -129,11 +130,11 @@ def _check_names(trainer: L.Trainer, folder: Path) -> None:
             continue
         if callback.dirpath is not None and Path(callback.dirpath).resolve() != folder.resolve():
             continue
-        name = Path(callback.format_checkpoint_name({"epoch": 0, "step": 1})).name
+        name = Path(callback.format_checkpoint_name({"epoch": tensor(0), "step": tensor(1)})).name
         if is_checkpoint_name(name):
             raise ValueError(
-                f"ModelCheckpoint's filename {callback.filename!r} makes names such as {name}, which "
-                "are those of StepCheckpoint: give it another filename"
+                f"ModelCheckpoint's filename {callback.filename!r} makes names such as {name}, "
+                "those of StepCheckpoint: give it another filename"
             )
 
 
