@@ -12,6 +12,8 @@ from lwf_lightning.tasks.base import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ANSWER = "\U0010fffd"  # stands for any answer; a character for private use
+
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat_template: bool = False
@@ -28,6 +30,18 @@ def encode_prompt(
         ValueError: If a chat template is asked for and the tokenizer has none.
     """
     text = _prompt_text(tokenizer, prompt, chat_template)
+    return tuple(_token_ids(tokenizer, [text], chat_template)[0])
+
+
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat_template: bool = False
+) -> tuple[int, ...]:
+    """Token ids of a prompt to be answered in evaluation.
+
+    As :func:`encode_prompt`, and beyond it what the chat template writes before every answer (an
+    empty thought, say): the model has learned its answers after that.
+    """
+    text, _ = _question_text(tokenizer, prompt, chat_template)
     return tuple(_token_ids(tokenizer, [text], chat_template)[0])
 
 
@@ -78,15 +92,16 @@ def encode_choices(
 ) -> list[EncodedText]:
     """Encodes the prompt with each of its choices in turn, labels on the choice.
 
-    The end-of-text token is left out: a model that has not been fine-tuned does not expect it
-    after a choice, and it would weigh most on the shortest.
+    The prompt is that of :func:`encode_question`. The end-of-text token is left out: a model that
+    has not been fine-tuned does not expect it after a choice, and it would weigh most on the
+    shortest.
 
     Raises:
         DataError: If truncation would remove a choice whole; names the example's source.
         ValueError: See :func:`encode_prompt`.
     """
-    prompt = _prompt_text(tokenizer, example.prompt, chat_template)
-    answers = [choice.strip() if chat_template else choice for choice in example.choices]
+    prompt, lead = _question_text(tokenizer, example.prompt, chat_template)
+    answers = [lead + choice.strip() if chat_template else choice for choice in example.choices]
     prompt_ids, split = _split_ids(tokenizer, prompt, answers, chat_template)
     return [_labelled(prompt_ids, ids, max_length, example.source) for ids in split]
 
@@ -159,10 +174,24 @@ def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template:
     return _chat(tokenizer, [("user", prompt)]) if chat_template else prompt
 
 
+def _question_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool
+) -> tuple[str, str]:
+    """The prompt up to an answer, and the spaces before that, which belong to its own tokens."""
+    text = _prompt_text(tokenizer, prompt, chat_template)
+    if not chat_template:
+        return text, ""
+    opening, found, _ = _conversation(tokenizer, prompt, _ANSWER).partition(_ANSWER)
+    if not found or not opening.startswith(text):  # nothing can be learned with such a template
+        return text, ""
+    written = opening.removeprefix(text)
+    lead = written[len(written.rstrip(" ")) :]
+    return opening.removesuffix(lead), lead
+
+
 def _assistant_text(tokenizer: PreTrainedTokenizerBase, example: Example, prompt: str) -> str:
     """What the chat template writes after the rendered ``prompt`` when the answer is given."""
-    turns = [("user", example.prompt), ("assistant", example.answer.strip())]
-    whole = _chat(tokenizer, turns)
+    whole = _conversation(tokenizer, example.prompt, example.answer.strip())
     if not whole.startswith(prompt):
         raise ValueError(
             "the tokenizer's chat template writes a conversation that does not begin with its own "
@@ -170,6 +199,10 @@ def _assistant_text(tokenizer: PreTrainedTokenizerBase, example: Example, prompt
             "set data.init_args.chat_template to false"
         )
     return whole.removeprefix(prompt)
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
+    return _chat(tokenizer, [("user", prompt), ("assistant", answer)])
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:

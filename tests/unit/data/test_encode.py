@@ -8,6 +8,7 @@ from lwf_lightning.data.encode import (
     encode_example,
     encode_examples,
     encode_prompt,
+    encode_question,
 )
 from lwf_lightning.data.rows import DataError
 from lwf_lightning.tasks import Example
@@ -99,6 +100,31 @@ def test_chat_template_that_opens_the_answer_with_the_end_of_text(make_tokenizer
         encode_example(tokenizer, EXAMPLE, 99, chat_template=True)
 
 
+@pytest.mark.parametrize("written", ["<think></think>\\n", " ", "Well, "])
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_what_the_template_writes_before_an_answer_is_evaluated_as_it_is_learned(
+    make_tokenizer, written, sentencepiece
+):
+    turn = "{% if m.role == 'assistant' %}WRITTEN{% endif %}{{ m.content + '</s>' }}"
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' }}TURN{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    ).replace("TURN", turn.replace("WRITTEN", "{{ '" + written + "' }}"))
+    tokenizer = make_tokenizer(chat_template=template, sentencepiece=sentencepiece)
+    example = Example("Q:", " no", (" yes", " no"), 1)
+    learned = encode_example(tokenizer, example, 99, chat_template=True)
+    _, chosen = encode_choices(tokenizer, example, 99, chat_template=True)
+    assert chosen.input_ids == learned.input_ids[:-1]
+    assert tokenizer.decode(labelled(tokenizer, chosen)).strip() == "no"
+    asked = encode_question(tokenizer, "Q:", chat_template=True)
+    assert learned.input_ids[: len(asked)] == asked
+    assert tokenizer.decode(learned.input_ids[len(asked) : -1]).strip() == "no"
+    # The base model is asked with the generation prompt alone: what it says is its own.
+    assert encode_prompt(tokenizer, "Q:", chat_template=True) == tuple(
+        tokenizer("<user>Q:</s><assistant>", add_special_tokens=False)["input_ids"]
+    )
+
+
 def test_chat_template_that_is_missing(make_tokenizer):
     with pytest.raises(ValueError, match=r"no chat template: set data\.init_args\.chat_template"):
         encode_example(make_tokenizer(), EXAMPLE, 99, chat_template=True)
@@ -109,6 +135,8 @@ def test_chat_template_whose_generation_prompt_is_no_prefix(make_tokenizer, chat
     tokenizer = make_tokenizer(chat_template=template)
     with pytest.raises(ValueError, match="does not begin with its own generation prompt"):
         encode_example(tokenizer, EXAMPLE, 99, chat_template=True)
+    asked = encode_question(tokenizer, EXAMPLE.prompt, chat_template=True)
+    assert asked == encode_prompt(tokenizer, EXAMPLE.prompt, chat_template=True)
 
 
 def test_truncation_cuts_the_answer_from_the_right_and_counts(make_tokenizer):
