@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
+from lwf_lightning.data.chat import chat_text
 from lwf_lightning.data.rows import DataError
 from lwf_lightning.tasks.base import Example
 
@@ -171,7 +172,7 @@ def _split_ids(
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool) -> str:
-    return _chat(tokenizer, [("user", prompt)]) if chat_template else prompt
+    return chat_text(tokenizer, [("user", prompt)]) if chat_template else prompt
 
 
 def _question_text(
@@ -202,18 +203,4 @@ def _assistant_text(tokenizer: PreTrainedTokenizerBase, example: Example, prompt
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
-    return _chat(tokenizer, [("user", prompt), ("assistant", answer)])
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template: set data.init_args.chat_template to false, or "
-            "use an instruction-tuned model"
-        )
-    messages = [{"role": role, "content": content} for role, content in turns]
-    answer_follows = turns[-1][0] == "user"
-    text: Any = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer_follows
-    )
-    return str(text)
+    return chat_text(tokenizer, [("user", prompt), ("assistant", answer)])

@@ -98,6 +98,10 @@ class RoughTokenizer:
             return {"input_ids": [1] * -(-len(text) // 4)}
         return {"input_ids": [self(one)["input_ids"] for one in text]}
 
+    def get_chat_template(self) -> str:
+        """Stands for that of the model's own."""
+        return self.chat_template
+
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
         """Turns, each headed by its role."""
         return "".join(f"<|{turn['role']}|>\n{turn['content']}\n" for turn in messages)

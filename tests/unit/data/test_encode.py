@@ -125,6 +125,19 @@ def test_what_the_template_writes_before_an_answer_is_evaluated_as_it_is_learned
     )
 
 
+def test_chat_template_that_writes_the_date_writes_the_same_every_day(
+    make_tokenizer, chat_template
+):
+    for form in ('"%d %b %Y"', "'%Y-%m-%d %H:%M:%S.%f'"):
+        tokenizer = make_tokenizer(chat_template=f"{{{{ strftime_now({form}) }}}}" + chat_template)
+        first, second = (
+            tokenizer.decode(encode_prompt(tokenizer, "Q:", chat_template=True)) for _ in range(2)
+        )
+        assert first == second
+        assert "2024" in first
+        assert first.endswith("<s><user>Q:</s>\n<assistant>")
+
+
 def test_chat_template_that_is_missing(make_tokenizer):
     with pytest.raises(ValueError, match=r"no chat template: set data\.init_args\.chat_template"):
         encode_example(make_tokenizer(), EXAMPLE, 99, chat_template=True)
