@@ -62,8 +62,8 @@ def encode_example(
             labelled part is then all that follows the opening of the assistant's turn.
 
     Raises:
-        DataError: If the example has no gold answer, or truncation would remove it whole; names
-            the example's source.
+        DataError: If the example has no gold answer or one with an end-of-text token in it, or
+            truncation would remove it whole; names the example's source.
         ValueError: If the tokenizer has no end-of-text token, or no chat template when it is asked
             for one, or that one ends the text before the answer.
     """
@@ -115,6 +115,7 @@ def _encode(
         raise ValueError("the tokenizer has no end-of-text token: set its eos_token")
     if not example.answer.strip():
         raise DataError(f"{example.source}: there is no gold answer to learn from")
+    _check_own_end(tokenizer.eos_token, example)
     prompt = _prompt_text(tokenizer, example.prompt, chat_template)
     answer = example.answer
     if chat_template:
@@ -129,6 +130,17 @@ def _encode(
             )
     text = _labelled(prompt_ids, [*answer_ids, end], max_length, example.source)
     return text, len(prompt_ids) + len(answer_ids) + 1 > max_length
+
+
+def _check_own_end(end: str | None, example: Example) -> None:
+    if end is None:  # a stand-in for a tokenizer
+        return
+    own = example.answer.strip().removesuffix(end)  # at its end it is the one that is due anyway
+    if end in own or not own.strip():
+        raise DataError(
+            f"{example.source}: the gold answer holds the tokenizer's end-of-text token {end!r}, "
+            "after which nothing would be learned; take it out of the row"
+        )
 
 
 def _labelled(

@@ -89,7 +89,7 @@ class RoughTokenizer:
     """Takes four characters for a token, where a model's own tokenizer is not at hand."""
 
     eos_token_id = pad_token_id = 0
-    bos_token_id = None
+    bos_token_id = eos_token = None
     chat_template = "yes"
 
     def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:

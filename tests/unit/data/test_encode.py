@@ -178,6 +178,22 @@ def test_example_without_an_answer_is_named(make_tokenizer):
         encode_example(make_tokenizer(), Example("a", "", source="f:row 1"), 9)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("answer", [" a</s> b", " </s> b", " </s>"])
+def test_answer_with_an_end_of_text_in_it_is_named(make_tokenizer, chat_template, chat, answer):
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    example = Example("Q:", answer, source="f:row 3")
+    with pytest.raises(DataError, match=r"f:row 3: the gold answer holds .* '</s>'"):
+        encode_example(tokenizer, example, 99, chat)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answer_that_brings_its_own_end_of_text_has_it_once(make_tokenizer, chat_template, chat):
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    text = encode_example(tokenizer, Example("Q:", " a</s>"), 99, chat)
+    assert tokenizer.decode(labelled(tokenizer, text)).strip() == "a</s>"
+
+
 def test_tokenizer_without_end_of_text(make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
