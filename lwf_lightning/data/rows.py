@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message names where it is and what to do."""
 
 
+class MissingFileError(DataError):
+    """A split without a file."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a data set, whose fields are checked as they are read.
@@ -106,10 +110,11 @@ def read_rows(path: Path) -> list[Row]:
     """Reads a JSONL file: one JSON object per line, UTF-8; blank lines are passed over.
 
     Raises:
-        DataError: If the file is missing or empty, or a line is not UTF-8 or no JSON object.
+        MissingFileError: If there is no such file.
+        DataError: If the file is empty, or a line is not UTF-8 or no JSON object.
     """
     if not path.is_file():
-        raise DataError(f"{path} does not exist; {_listing(path.parent)}")
+        raise MissingFileError(f"{path} does not exist; {_listing(path.parent)}")
     rows = []
     with path.open("rb") as lines:  # bytes, so that a wrong encoding can be traced to its row
         for number, line in enumerate(lines, start=1):

@@ -58,6 +58,23 @@ def test_bad_row_of_a_forgetting_task_is_named(make_data, data_dir):
         make_data()
 
 
+@pytest.mark.parametrize(
+    ("task", "stage", "split", "way_out"),
+    [
+        ("dental", "fit", "validation", "data.init_args.evaluate_forgetting to false"),
+        ("dental", "test", "test", "data.init_args.evaluate_forgetting to false"),
+        ("qasc", "fit", "validation", "AscentGuard watches it, with trainer.limit_val_batches=0"),
+    ],
+)
+def test_missing_split_says_what_needs_it(make_data, data_dir, task, stage, split, way_out):
+    path = data_dir / task / f"{split}.jsonl"
+    path.unlink()
+    with pytest.raises(DataError, match=f"{re.escape(str(path))} does not .*{re.escape(way_out)}"):
+        make_data(stage=stage)
+    if task == "dental":
+        assert make_data(stage=stage, evaluate_forgetting=False).eval_tasks == ["qasc"]
+
+
 # Evaluation
 
 
