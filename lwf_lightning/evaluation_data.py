@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from lwf_lightning.data.evaluation import EvalItem, EvalSplit, Evaluation, eval_items, eval_loader
 from lwf_lightning.data.rows import DataError, MissingFileError, Row, Split
 from lwf_lightning.data.sampler import seeded_sample
+from lwf_lightning.data.unreachable import warn_of_unreachable
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.tasks import Example, Task
 
@@ -151,6 +152,14 @@ class EvaluationDataMixin(L.LightningDataModule):
                 self._eval_items[key] = eval_items(
                     self._tokenizer, examples, kind, self.max_length, self.chat_template
                 )
+                if kind == "generate":
+                    warn_of_unreachable(
+                        self._tokenizer,
+                        self.tasks[name],
+                        examples,
+                        self.max_new_tokens,
+                        self.chat_template,
+                    )
 
     def _eval_examples(self, name: str, split: EvalSplit) -> list[Example]:
         if split == "seen":

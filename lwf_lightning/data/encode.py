@@ -46,6 +46,15 @@ def encode_question(
     return tuple(_token_ids(tokenizer, [text], chat_template)[0])
 
 
+def answer_length(
+    tokenizer: PreTrainedTokenizerBase, example: Example, chat_template: bool = False
+) -> int:
+    """Tokens of the gold answer after :func:`encode_question`, the end of text not counted."""
+    prompt, lead = _question_text(tokenizer, example.prompt, chat_template)
+    answer = lead + example.answer.strip() if chat_template else example.answer
+    return len(_split_ids(tokenizer, prompt, [answer], chat_template)[1][0])
+
+
 def encode_example(
     tokenizer: PreTrainedTokenizerBase,
     example: Example,
