@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lwf_lightning.data.arguments import check_arguments
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
 from lwf_lightning.data.evaluation import EvalItem, Evaluation
+from lwf_lightning.data.resumed import check_learning, texts_digest
 from lwf_lightning.data.rows import Row, Split
 from lwf_lightning.data.sampler import ResumableLoader, filled_indices, seeded_sample
 from lwf_lightning.data.training import learning_texts, pooled_prompts
@@ -158,6 +158,7 @@ class LWFDataModule(EvaluationDataMixin):
         self._eval_items: dict[EvalKey, list[EvalItem]] = {}
         self._loader: ResumableLoader | None = None
         self._loader_state: dict[str, int] | None = None
+        self._learning_digest: str | None = None
         self._resumed_texts: str | None = None
 
     def setup(self, stage: str) -> None:
@@ -198,6 +199,7 @@ class LWFDataModule(EvaluationDataMixin):
         self.learning_encoded = learning_texts(
             self._tokenizer, task, rows, self.max_length, self.chat_template
         )
+        self._learning_digest = texts_digest(self.learning_encoded)  # once, not at each checkpoint
         self.forgetting_examples = self.elicited_prompts()
 
     def elicited_prompts(self) -> list[tuple[str, Example]]:
@@ -367,11 +369,12 @@ class LWFDataModule(EvaluationDataMixin):
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the learning texts, forget set and seed: primitives only."""
+        """Position in the learning texts, forget set, seed, digests of texts: primitives only."""
         return {
             "loader": None if self._loader is None else self._loader.state_dict(),
             "forget_set": self.forget_set,
             "self_texts": None if self.self_knowledge is None else self.self_knowledge.digest(),
+            "learning_texts": self._learning_digest,
             "seed": self.seed,
         }
 
@@ -379,12 +382,7 @@ class LWFDataModule(EvaluationDataMixin):
         """Continues with the next batch and the same forget set; of no use but in a fit."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        if state_dict["seed"] != self.seed:
-            warnings.warn(
-                f"the checkpoint was made with data.init_args.seed={state_dict['seed']}, now it is "
-                f"{self.seed}: the order of batches will not be that of an uninterrupted run",
-                stacklevel=2,
-            )
+        check_learning(state_dict, self.seed, self._learning_digest)
         self._loader_state = state_dict["loader"]
         if self._loader is not None and self._loader_state is not None:
             self._loader.load_state_dict(self._loader_state)  # some strategies restore that late

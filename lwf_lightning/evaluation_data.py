@@ -8,8 +8,9 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from lwf_lightning.data.evaluation import EvalItem, EvalSplit, Evaluation, eval_items, eval_loader
-from lwf_lightning.data.rows import DataError, Row, Split
+from lwf_lightning.data.rows import DataError, MissingFileError, Row, Split
 from lwf_lightning.data.sampler import seeded_sample
+from lwf_lightning.data.unreachable import warn_of_unreachable
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.tasks import Example, Task
 
@@ -151,10 +152,35 @@ class EvaluationDataMixin(L.LightningDataModule):
                 self._eval_items[key] = eval_items(
                     self._tokenizer, examples, kind, self.max_length, self.chat_template
                 )
+                if kind == "generate":
+                    warn_of_unreachable(
+                        self._tokenizer,
+                        self.tasks[name],
+                        examples,
+                        self.max_new_tokens,
+                        self.chat_template,
+                    )
 
     def _eval_examples(self, name: str, split: EvalSplit) -> list[Example]:
         if split == "seen":
             elicited = self.forgetting_examples or self.elicited_prompts()
             return [example for task, example in elicited if task == name]
-        rows = seeded_sample(self._rows(name, split), self.eval_examples, self.seed)
-        return self.tasks[name].examples(rows)
+        try:
+            rows = self._rows(name, split)
+        except MissingFileError as error:
+            raise MissingFileError(f"{error}. {self._who_asks(name, split)}") from error
+        return self.tasks[name].examples(seeded_sample(rows, self.eval_examples, self.seed))
+
+    def _who_asks(self, name: str, split: Split) -> str:
+        """What needs a split of a task, and how to do without."""
+        if name != self.learning_task:
+            return (
+                "Forgetting tasks are evaluated, too: set data.init_args.evaluate_forgetting to "
+                "false, or for a custom task that is to have prompts only its answer to null"
+            )
+        if split == "validation":
+            return (
+                "Validation needs it, and AscentGuard watches it, with trainer.limit_val_batches=0 "
+                "too: put a few rows of train.jsonl aside for it"
+            )
+        return "Put a few rows of train.jsonl aside for it"

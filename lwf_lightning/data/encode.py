@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
+from lwf_lightning.data.chat import chat_text
 from lwf_lightning.data.rows import DataError
 from lwf_lightning.tasks.base import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_ANSWER = "\U0010fffd"  # stands for any answer; a character for private use
 
 
 def encode_prompt(
@@ -31,6 +34,27 @@ def encode_prompt(
     return tuple(_token_ids(tokenizer, [text], chat_template)[0])
 
 
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat_template: bool = False
+) -> tuple[int, ...]:
+    """Token ids of a prompt to be answered in evaluation.
+
+    As :func:`encode_prompt`, and beyond it what the chat template writes before every answer (an
+    empty thought, say): the model has learned its answers after that.
+    """
+    text, _ = _question_text(tokenizer, prompt, chat_template)
+    return tuple(_token_ids(tokenizer, [text], chat_template)[0])
+
+
+def answer_length(
+    tokenizer: PreTrainedTokenizerBase, example: Example, chat_template: bool = False
+) -> int:
+    """Tokens of the gold answer after :func:`encode_question`, the end of text not counted."""
+    prompt, lead = _question_text(tokenizer, example.prompt, chat_template)
+    answer = lead + example.answer.strip() if chat_template else example.answer
+    return len(_split_ids(tokenizer, prompt, [answer], chat_template)[1][0])
+
+
 def encode_example(
     tokenizer: PreTrainedTokenizerBase,
     example: Example,
@@ -47,8 +71,8 @@ def encode_example(
             labelled part is then all that follows the opening of the assistant's turn.
 
     Raises:
-        DataError: If the example has no gold answer, or truncation would remove it whole; names
-            the example's source.
+        DataError: If the example has no gold answer or one with an end-of-text token in it, or
+            truncation would remove it whole; names the example's source.
         ValueError: If the tokenizer has no end-of-text token, or no chat template when it is asked
             for one, or that one ends the text before the answer.
     """
@@ -78,15 +102,16 @@ def encode_choices(
 ) -> list[EncodedText]:
     """Encodes the prompt with each of its choices in turn, labels on the choice.
 
-    The end-of-text token is left out: a model that has not been fine-tuned does not expect it
-    after a choice, and it would weigh most on the shortest.
+    The prompt is that of :func:`encode_question`. The end-of-text token is left out: a model that
+    has not been fine-tuned does not expect it after a choice, and it would weigh most on the
+    shortest.
 
     Raises:
         DataError: If truncation would remove a choice whole; names the example's source.
         ValueError: See :func:`encode_prompt`.
     """
-    prompt = _prompt_text(tokenizer, example.prompt, chat_template)
-    answers = [choice.strip() if chat_template else choice for choice in example.choices]
+    prompt, lead = _question_text(tokenizer, example.prompt, chat_template)
+    answers = [lead + choice.strip() if chat_template else choice for choice in example.choices]
     prompt_ids, split = _split_ids(tokenizer, prompt, answers, chat_template)
     return [_labelled(prompt_ids, ids, max_length, example.source) for ids in split]
 
@@ -99,6 +124,7 @@ def _encode(
         raise ValueError("the tokenizer has no end-of-text token: set its eos_token")
     if not example.answer.strip():
         raise DataError(f"{example.source}: there is no gold answer to learn from")
+    _check_own_end(tokenizer.eos_token, example)
     prompt = _prompt_text(tokenizer, example.prompt, chat_template)
     answer = example.answer
     if chat_template:
@@ -113,6 +139,17 @@ def _encode(
             )
     text = _labelled(prompt_ids, [*answer_ids, end], max_length, example.source)
     return text, len(prompt_ids) + len(answer_ids) + 1 > max_length
+
+
+def _check_own_end(end: str | None, example: Example) -> None:
+    if end is None:  # a stand-in for a tokenizer
+        return
+    own = example.answer.strip().removesuffix(end)  # at its end it is the one that is due anyway
+    if end in own or not own.strip():
+        raise DataError(
+            f"{example.source}: the gold answer holds the tokenizer's end-of-text token {end!r}, "
+            "after which nothing would be learned; take it out of the row"
+        )
 
 
 def _labelled(
@@ -156,13 +193,27 @@ def _split_ids(
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool) -> str:
-    return _chat(tokenizer, [("user", prompt)]) if chat_template else prompt
+    return chat_text(tokenizer, [("user", prompt)]) if chat_template else prompt
+
+
+def _question_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool
+) -> tuple[str, str]:
+    """The prompt up to an answer, and the spaces before that, which belong to its own tokens."""
+    text = _prompt_text(tokenizer, prompt, chat_template)
+    if not chat_template:
+        return text, ""
+    opening, found, _ = _conversation(tokenizer, prompt, _ANSWER).partition(_ANSWER)
+    if not found or not opening.startswith(text):  # nothing can be learned with such a template
+        return text, ""
+    written = opening.removeprefix(text)
+    lead = written[len(written.rstrip(" ")) :]
+    return opening.removesuffix(lead), lead
 
 
 def _assistant_text(tokenizer: PreTrainedTokenizerBase, example: Example, prompt: str) -> str:
     """What the chat template writes after the rendered ``prompt`` when the answer is given."""
-    turns = [("user", example.prompt), ("assistant", example.answer.strip())]
-    whole = _chat(tokenizer, turns)
+    whole = _conversation(tokenizer, example.prompt, example.answer.strip())
     if not whole.startswith(prompt):
         raise ValueError(
             "the tokenizer's chat template writes a conversation that does not begin with its own "
@@ -172,15 +223,5 @@ def _assistant_text(tokenizer: PreTrainedTokenizerBase, example: Example, prompt
     return whole.removeprefix(prompt)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template: set data.init_args.chat_template to false, or "
-            "use an instruction-tuned model"
-        )
-    messages = [{"role": role, "content": content} for role, content in turns]
-    answer_follows = turns[-1][0] == "user"
-    text: Any = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer_follows
-    )
-    return str(text)
+def _conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
+    return chat_text(tokenizer, [("user", prompt), ("assistant", answer)])

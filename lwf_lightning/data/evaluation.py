@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, collate
-from lwf_lightning.data.encode import encode_choices, encode_prompt
+from lwf_lightning.data.encode import encode_choices, encode_question
 from lwf_lightning.data.rows import DataError, Split
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.tasks.base import Example
@@ -108,7 +108,7 @@ def eval_items(
 
     Raises:
         DataError: If a prompt leaves no room for its answer; names the example's source.
-        ValueError: See :func:`~lwf_lightning.data.encode.encode_prompt`.
+        ValueError: See :func:`~lwf_lightning.data.encode.encode_question`.
     """
     if kind == "choice":
         return [
@@ -117,7 +117,7 @@ def eval_items(
         ]
     items = []
     for example in examples:
-        ids = encode_prompt(tokenizer, example.prompt, chat_template=chat_template)
+        ids = encode_question(tokenizer, example.prompt, chat_template=chat_template)
         if len(ids) > max_length:
             raise DataError(
                 f"{example.source}: the prompt has {len(ids)} tokens, more than "

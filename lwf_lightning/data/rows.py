@@ -15,6 +15,10 @@ class DataError(ValueError):
     """Data that cannot be used; the message names where it is and what to do."""
 
 
+class MissingFileError(DataError):
+    """A split without a file."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a data set, whose fields are checked as they are read.
@@ -40,14 +44,14 @@ class Row:
         """The field's text without surrounding whitespace.
 
         Raises:
-            DataError: If the field is missing, no text, or empty.
+            DataError: If the field is missing, no text, empty, or holds half of a character.
         """
         value = self._value(field)
         if not isinstance(value, str):
             raise self.error(field, f"must be text, got {_kind(value)}")
         if not value.strip():
             raise self.error(field, "is empty")
-        return value.strip()
+        return self._whole(field, value)
 
     def texts(self, field: str) -> tuple[str, ...]:
         """The field's list of at least two texts, each without surrounding whitespace.
@@ -65,7 +69,7 @@ class Row:
                 raise self.error(field, f"must hold texts, item {position} is {_kind(item)}")
             if not item.strip():
                 raise self.error(field, f"holds an empty text, item {position}")
-        return tuple(item.strip() for item in value)
+        return tuple(self._whole(field, item) for item in value)
 
     def index(self, field: str, below: int) -> int:
         """The field's whole number, at least 0 and less than ``below``.
@@ -84,6 +88,16 @@ class Row:
         """An error that names the row and the field, for the caller to raise."""
         return DataError(f"{self.source}: field {field!r} {problem}")
 
+    def _whole(self, field: str, text: str) -> str:
+        """Stripped, unless it has no UTF-8: JSON can escape one half of a surrogate pair."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            problem = f"holds half of a character, {half!a} at {error.start + 1}: cut text?"
+            raise self.error(field, f"{problem} Write it whole or take it out") from error
+        return text.strip()
+
     def _value(self, field: str) -> object:
         if field not in self.fields:
             raise self.error(
@@ -96,10 +110,11 @@ def read_rows(path: Path) -> list[Row]:
     """Reads a JSONL file: one JSON object per line, UTF-8; blank lines are passed over.
 
     Raises:
-        DataError: If the file is missing or empty, or a line is not UTF-8 or no JSON object.
+        MissingFileError: If there is no such file.
+        DataError: If the file is empty, or a line is not UTF-8 or no JSON object.
     """
     if not path.is_file():
-        raise DataError(f"{path} does not exist; {_listing(path.parent)}")
+        raise MissingFileError(f"{path} does not exist; {_listing(path.parent)}")
     rows = []
     with path.open("rb") as lines:  # bytes, so that a wrong encoding can be traced to its row
         for number, line in enumerate(lines, start=1):

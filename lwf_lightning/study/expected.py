@@ -89,7 +89,7 @@ class RoughTokenizer:
     """Takes four characters for a token, where a model's own tokenizer is not at hand."""
 
     eos_token_id = pad_token_id = 0
-    bos_token_id = None
+    bos_token_id = eos_token = None
     chat_template = "yes"
 
     def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:
@@ -97,6 +97,10 @@ class RoughTokenizer:
         if isinstance(text, str):
             return {"input_ids": [1] * -(-len(text) // 4)}
         return {"input_ids": [self(one)["input_ids"] for one in text]}
+
+    def get_chat_template(self) -> str:
+        """Stands for that of the model's own."""
+        return self.chat_template
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> str:
         """Turns, each headed by its role."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,22 @@ def test_resuming_with_other_self_knowledge_is_refused(
         make_trainer(callbacks=[make_callback()]).fit(
             make_module(), make_data(forgetting_prompts=5), ckpt_path=str(tmp_path / "two.ckpt")
         )
+
+
+def test_resuming_with_other_learning_texts_is_refused_and_testing_is_not(
+    make_module: Make, make_data: Make, make_trainer: Make, data_folder: Path, tmp_path: Path
+) -> None:
+    trainer, file = make_trainer(max_steps=2), tmp_path / "two.ckpt"
+    trainer.fit(make_module(schedule="never"), make_data())
+    trainer.save_checkpoint(file)
+    other = tmp_path / "other"
+    shutil.copytree(data_folder, other)
+    rows = other / "learn" / "train.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
+    module, data = make_module(schedule="never"), make_data(data_dir=str(other))
+    make_trainer().test(module, data, ckpt_path=str(file))
+    with pytest.raises(ValueError, match="the learning texts are not those of the checkpoint"):
+        make_trainer().fit(module, data, ckpt_path=str(file))
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -8,6 +8,7 @@ from lwf_lightning.data.encode import (
     encode_example,
     encode_examples,
     encode_prompt,
+    encode_question,
 )
 from lwf_lightning.data.rows import DataError
 from lwf_lightning.tasks import Example
@@ -99,6 +100,44 @@ def test_chat_template_that_opens_the_answer_with_the_end_of_text(make_tokenizer
         encode_example(tokenizer, EXAMPLE, 99, chat_template=True)
 
 
+@pytest.mark.parametrize("written", ["<think></think>\\n", " ", "Well, "])
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_what_the_template_writes_before_an_answer_is_evaluated_as_it_is_learned(
+    make_tokenizer, written, sentencepiece
+):
+    turn = "{% if m.role == 'assistant' %}WRITTEN{% endif %}{{ m.content + '</s>' }}"
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' }}TURN{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    ).replace("TURN", turn.replace("WRITTEN", "{{ '" + written + "' }}"))
+    tokenizer = make_tokenizer(chat_template=template, sentencepiece=sentencepiece)
+    example = Example("Q:", " no", (" yes", " no"), 1)
+    learned = encode_example(tokenizer, example, 99, chat_template=True)
+    _, chosen = encode_choices(tokenizer, example, 99, chat_template=True)
+    assert chosen.input_ids == learned.input_ids[:-1]
+    assert tokenizer.decode(labelled(tokenizer, chosen)).strip() == "no"
+    asked = encode_question(tokenizer, "Q:", chat_template=True)
+    assert learned.input_ids[: len(asked)] == asked
+    assert tokenizer.decode(learned.input_ids[len(asked) : -1]).strip() == "no"
+    # The base model is asked with the generation prompt alone: what it says is its own.
+    assert encode_prompt(tokenizer, "Q:", chat_template=True) == tuple(
+        tokenizer("<user>Q:</s><assistant>", add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_chat_template_that_writes_the_date_writes_the_same_every_day(
+    make_tokenizer, chat_template
+):
+    for form in ('"%d %b %Y"', "'%Y-%m-%d %H:%M:%S.%f'"):
+        tokenizer = make_tokenizer(chat_template=f"{{{{ strftime_now({form}) }}}}" + chat_template)
+        first, second = (
+            tokenizer.decode(encode_prompt(tokenizer, "Q:", chat_template=True)) for _ in range(2)
+        )
+        assert first == second
+        assert "2024" in first
+        assert first.endswith("<s><user>Q:</s>\n<assistant>")
+
+
 def test_chat_template_that_is_missing(make_tokenizer):
     with pytest.raises(ValueError, match=r"no chat template: set data\.init_args\.chat_template"):
         encode_example(make_tokenizer(), EXAMPLE, 99, chat_template=True)
@@ -109,6 +148,8 @@ def test_chat_template_whose_generation_prompt_is_no_prefix(make_tokenizer, chat
     tokenizer = make_tokenizer(chat_template=template)
     with pytest.raises(ValueError, match="does not begin with its own generation prompt"):
         encode_example(tokenizer, EXAMPLE, 99, chat_template=True)
+    asked = encode_question(tokenizer, EXAMPLE.prompt, chat_template=True)
+    assert asked == encode_prompt(tokenizer, EXAMPLE.prompt, chat_template=True)
 
 
 def test_truncation_cuts_the_answer_from_the_right_and_counts(make_tokenizer):
@@ -135,6 +176,22 @@ def test_answer_that_truncation_removes_whole_is_named(make_tokenizer):
 def test_example_without_an_answer_is_named(make_tokenizer):
     with pytest.raises(DataError, match="f:row 1: there is no gold answer"):
         encode_example(make_tokenizer(), Example("a", "", source="f:row 1"), 9)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("answer", [" a</s> b", " </s> b", " </s>"])
+def test_answer_with_an_end_of_text_in_it_is_named(make_tokenizer, chat_template, chat, answer):
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    example = Example("Q:", answer, source="f:row 3")
+    with pytest.raises(DataError, match=r"f:row 3: the gold answer holds .* '</s>'"):
+        encode_example(tokenizer, example, 99, chat)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answer_that_brings_its_own_end_of_text_has_it_once(make_tokenizer, chat_template, chat):
+    tokenizer = make_tokenizer(chat_template=chat_template)
+    text = encode_example(tokenizer, Example("Q:", " a</s>"), 99, chat)
+    assert tokenizer.decode(labelled(tokenizer, text)).strip() == "a</s>"
 
 
 def test_tokenizer_without_end_of_text(make_tokenizer):

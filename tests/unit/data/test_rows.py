@@ -87,6 +87,8 @@ ROW = Row(
         "holed": ["a", " "],
         "true": True,
         "minus": -1,
+        "half": "a \ud83d",
+        "halves": ["a", "b\udc00"],
     },
     "f.jsonl:row 7",
 )
@@ -109,6 +111,8 @@ def test_values_are_stripped():
         (lambda: ROW.texts("one"), "field 'one' must hold at least 2 texts, got 1"),
         (lambda: ROW.texts("mixed"), "field 'mixed' must hold texts, item 1 is int"),
         (lambda: ROW.texts("holed"), "field 'holed' holds an empty text, item 1"),
+        (lambda: ROW.text("half"), r"field 'half' holds half of a character, '\ud83d' at 3: cut"),
+        (lambda: ROW.texts("halves"), r"field 'halves' holds half of a character, '\udc00' at 2"),
         (lambda: ROW.index("text", below=4), "field 'text' must be a whole number, got str"),
         (lambda: ROW.index("true", below=4), "field 'true' must be a whole number, got bool"),
         (lambda: ROW.index("number", below=3), "field 'number' must be 0 to 2, got 3"),

@@ -16,12 +16,13 @@ def test_state_is_primitives_and_continues(make_data, tmp_path, make_knowledge):
     next(iter(loader))
     torch.save(first.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    texts = state["self_texts"]
-    assert len(texts) == 64
+    texts, learning = state["self_texts"], state["learning_texts"]
+    assert len(texts) == len(learning) == 64
     assert state == {
         "loader": {"step": 1},
         "forget_set": [3, 1],
         "self_texts": texts,
+        "learning_texts": learning,
         "seed": 0,
     }
 
@@ -42,6 +43,17 @@ def test_another_seed_than_the_checkpoint_warns(make_data):
     state = make_data(seed=3).state_dict()
     with pytest.warns(UserWarning, match=r"made with data\.init_args\.seed=3, now it is 0"):
         make_data().load_state_dict(state)
+
+
+def test_other_learning_texts_than_the_checkpoint_are_refused(make_data, data_dir):
+    state = make_data(eval_examples=1).state_dict()
+    rows = data_dir / "qasc" / "train.jsonl"
+    rows.write_text(rows.read_text().replace("qasc 4?", "qasc 44?"))
+    message = r"the learning texts are not those of the checkpoint.*data\.init_args\.data_dir"
+    with pytest.raises(ValueError, match=message):
+        make_data().load_state_dict(state)
+    del state["learning_texts"]  # a checkpoint of before
+    make_data().load_state_dict(state)
 
 
 class Recorder(L.LightningModule):

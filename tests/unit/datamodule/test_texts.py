@@ -58,6 +58,23 @@ def test_bad_row_of_a_forgetting_task_is_named(make_data, data_dir):
         make_data()
 
 
+@pytest.mark.parametrize(
+    ("task", "stage", "split", "way_out"),
+    [
+        ("dental", "fit", "validation", "data.init_args.evaluate_forgetting to false"),
+        ("dental", "test", "test", "data.init_args.evaluate_forgetting to false"),
+        ("qasc", "fit", "validation", "AscentGuard watches it, with trainer.limit_val_batches=0"),
+    ],
+)
+def test_missing_split_says_what_needs_it(make_data, data_dir, task, stage, split, way_out):
+    path = data_dir / task / f"{split}.jsonl"
+    path.unlink()
+    with pytest.raises(DataError, match=f"{re.escape(str(path))} does not .*{re.escape(way_out)}"):
+        make_data(stage=stage)
+    if task == "dental":
+        assert make_data(stage=stage, evaluate_forgetting=False).eval_tasks == ["qasc"]
+
+
 # Evaluation
 
 
@@ -84,6 +101,26 @@ def test_evaluation_by_generation(make_data):
     (batch,) = loader
     assert batch.kind == "generate"
     assert batch.batch["input_ids"].shape[0] == 3
+
+
+def test_gold_answers_that_can_never_count_as_right_are_counted_in_a_warning(
+    make_data, data_dir, write_jsonl_task, recwarn
+):
+    answers = ["One.", "One.\n\nTwo.", "...", "A very long answer.", "Just so long"]
+    rows = [{"prompt": "Why?", "answer": answer} for answer in answers]
+    write_jsonl_task(data_dir / "mine", train=rows, validation=rows)
+    custom = {"mine": TaskFields()}
+    data = make_data("mine", (), custom_tasks=custom, max_new_tokens=len(" Just so long"))
+    unread, cut = [str(warning.message) for warning in recwarn]
+    source = f"{data_dir / 'mine' / 'validation.jsonl'}:row 2"
+    assert unread.startswith(f"2 of 5 gold answers of mine can never count as right: {source} is")
+    assert "data.init_args.custom_tasks" in unread
+    assert cut.startswith("1 of 5 gold answers of mine are longer than data.init_args.max_new_t")
+    data.setup("validate")
+    make_data(evaluation="choice", max_new_tokens=1)  # nothing is generated
+    assert len(recwarn) == 2
+    make_data(evaluation="generate", forgetting=(), max_new_tokens=4)
+    assert str(recwarn[-1].message).startswith("1 of 3 gold answers of qasc are longer")
 
 
 def test_task_without_choices_is_generated(make_data):

@@ -1,0 +1,44 @@
+"""What a run that goes on learns from: the texts of its checkpoint, and of no other files."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lwf_lightning.data.batch import EncodedText
+
+
+def texts_digest(texts: Sequence[EncodedText]) -> str:
+    """Tells encoded texts from others, or from the same in another order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(repr((text.input_ids, text.labels)).encode())
+    return digest.hexdigest()
+
+
+def check_learning(state: Mapping[str, Any], seed: int, texts: str | None) -> None:
+    """Compares what a fit learns with the datamodule's state in its checkpoint.
+
+    Args:
+        state: The state; one of before it kept ``learning_texts`` is not checked for them.
+        seed: Seed of the datamodule; another one is warned of.
+        texts: Digest of the learning texts; None where there are none.
+
+    Raises:
+        ValueError: If the learning texts are others.
+    """
+    if state["seed"] != seed:
+        warnings.warn(
+            f"the checkpoint was made with data.init_args.seed={state['seed']}, now it is "
+            f"{seed}: the order of batches will not be that of an uninterrupted run",
+            stacklevel=3,
+        )
+    if texts is not None and state.get("learning_texts") not in (None, texts):
+        raise ValueError(
+            "the learning texts are not those of the checkpoint: resume with the same rows in "
+            "data.init_args.data_dir and the same learning_task, its fields and form, "
+            "chat_template, max_length, learning_texts and seed; to learn others on top, export "
+            "the checkpoint and name that folder in model.init_args.model_name"
+        )
