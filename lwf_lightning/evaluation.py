@@ -42,16 +42,16 @@ class EvaluationMixin(L.LightningModule):
         raise NotImplementedError
 
     def on_fit_start(self) -> None:
-        """Refuses validation prompts without room for an answer, before anything is trained."""
+        """Refuses validation texts that do not fit the model, before anything is trained."""
         if self.trainer.enable_validation:
             self._check_positions("val")
 
     def on_validation_start(self) -> None:
-        """Refuses prompts without room for an answer."""
+        """Refuses texts longer than the model, and prompts without room for an answer."""
         self._check_positions("val")
 
     def on_test_start(self) -> None:
-        """Refuses prompts without room for an answer."""
+        """Refuses texts longer than the model, and prompts without room for an answer."""
         self._check_positions("test")
 
     def on_validation_epoch_start(self) -> None:

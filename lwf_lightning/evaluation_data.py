@@ -100,19 +100,25 @@ class EvaluationDataMixin(L.LightningDataModule):
         return self._eval_loader(key)
 
     def check_positions(self, stage: EvalStage, positions: int) -> None:
-        """Refuses prompts whose generated answers may exceed the model's positions.
+        """Refuses texts, and prompts whose generated answers may, exceed the model's positions.
 
         Args:
-            stage: The stage whose prompts are looked at; they have to be there.
+            stage: The stage whose examples are looked at; they have to be there.
             positions: How many tokens prompt and answer may have together.
 
         Raises:
             DataError: If one does; names the row and the flag.
         """
         for key in self._loader_keys(stage):
-            for item in self._eval_items[key] if key[2] == "generate" else ():
-                tokens = len(item.texts[0])
-                if tokens + self.max_new_tokens > positions:
+            for item in self._eval_items[key]:
+                tokens = max(map(len, item.texts))
+                if key[2] == "choice" and tokens > positions:
+                    raise DataError(
+                        f"{item.example.source}: prompt and choice have {tokens} tokens, more than "
+                        f"the model's {positions} positions; lower data.init_args.max_length="
+                        f"{self.max_length} to that, or take the row out"
+                    )
+                if key[2] == "generate" and tokens + self.max_new_tokens > positions:
                     raise DataError(
                         f"{item.example.source}: the prompt has {tokens} tokens, and "
                         f"data.init_args.max_new_tokens={self.max_new_tokens} is more than the "

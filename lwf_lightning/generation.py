@@ -43,7 +43,7 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
 def positions_of(model: Any) -> int | None:
     """How many tokens a text may have, prompt and answer together; None without a limit."""
     positions: int | None = getattr(unwrapped(model).config, "max_position_embeddings", None)
-    return positions
+    return positions if positions and positions > 0 else None  # XLNet's -1 stands for no limit
 
 
 def prompt_limit(model: Any, max_new_tokens: int, max_prompt_tokens: int | None) -> int | None:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch, batches_of, padded_right
+from lwf_lightning.data.training import check_lengths
+from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.generation import positions_of
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import clip_gradients, labelled_token_count
 from lwf_lightning.packing import forward_passes, text_by_text
@@ -50,6 +53,14 @@ class LearningMixin(L.LightningModule):
     def takes_one_pass(self) -> bool:
         """Whether all texts of a learning step go through the model together."""
         return self.learning_loss is not None or isinstance(self.regularizer, FeaturePenalty)
+
+    def on_fit_start(self) -> None:
+        """Refuses learning texts that the model cannot take, before anything is elicited."""
+        super().on_fit_start()
+        data = self._data
+        if isinstance(data, LWFDataModule):
+            positions = positions_of(self.model)
+            check_lengths(data.learning_encoded, positions, data.learning_task, data.max_length)
 
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         raise NotImplementedError
