@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -12,6 +12,7 @@ from lwf_lightning.data.rows import DataError, Row, Split
 from lwf_lightning.data.sampler import seeded_sample
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.tasks import Example, Task
+from lwf_lightning.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,6 +126,16 @@ class EvaluationDataMixin(L.LightningDataModule):
                         f"model's {positions} positions leave for an answer; lower it or take the "
                         "row out"
                     )
+
+    def check_vocabulary(self, stage: EvalStage, model: Any) -> None:
+        """Refuses examples of a stage with token ids that a model does not embed.
+
+        Raises:
+            ValueError: If there are some; names the task.
+        """
+        for key in self._loader_keys(stage):
+            texts = (text.input_ids for item in self._eval_items[key] for text in item.texts)
+            check_ids(texts, model, self._tokenizer, f"the {key[1]} examples of {key[0]}")
 
     def _loader_keys(self, stage: EvalStage) -> list[EvalKey]:
         """What each loader of a stage holds."""

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lwf_lightning.modes import kept_modes
 from lwf_lightning.shards import highest, mesh_of
+from lwf_lightning.vocabulary import check_ids, padding_id
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -123,17 +124,17 @@ def generate_answers(
         kept if it was generated; nothing of a stop string is.
 
     Raises:
-        ValueError: If a prompt or a stop string is empty, or a number is below 1.
+        ValueError: If a prompt or a stop string is empty, a number is below 1, or the model does
+            not embed a prompt's ids.
     """
     from lwf_lightning.decoding import can_decode, decode  # imports transformers: seconds
 
     _check(prompt_ids, max_new_tokens, batch_size, stop)
     base = unwrapped(model)
+    check_ids(prompt_ids, base, tokenizer, "the prompts")
     eos_ids = eos_token_ids(base, tokenizer)
     is_stopped = _stop_check(tokenizer, stop)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:  # the padding is masked, so any id will do
-        pad_id = eos_ids[0] if eos_ids else 0
+    pad_id = padding_id((tokenizer.pad_token_id, *eos_ids), base)
     longest = max((len(ids) for ids in prompt_ids), default=0)
     any_left: Callable[[bool], bool] | None = None
     if (mesh := mesh_of(model.parameters())) is not None:

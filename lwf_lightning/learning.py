@@ -31,6 +31,7 @@ from lwf_lightning.regularizers import (
 from lwf_lightning.shards import in_step
 from lwf_lightning.token_forgetting import TokenForgetting
 from lwf_lightning.unlearning import tokens_under
+from lwf_lightning.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,11 +57,14 @@ class LearningMixin(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuses learning texts that the model cannot take, before anything is elicited."""
-        super().on_fit_start()
         data = self._data
-        if isinstance(data, LWFDataModule):
+        if isinstance(data, LWFDataModule) and data.tokenizer is not None:
             positions = positions_of(self.model)
+            texts = [text.input_ids for text in data.learning_encoded]
+            what = f"the learning texts of {data.learning_task}"
+            check_ids(texts, self.model, data.tokenizer, what)
             check_lengths(data.learning_encoded, positions, data.learning_task, data.max_length)
+        super().on_fit_start()
 
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         raise NotImplementedError
