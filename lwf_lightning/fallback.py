@@ -43,8 +43,7 @@ def answer_in_batches(
     Yields:
         Index of a prompt and its answer's ids, which may go on after its end.
     """
-    pads = passes_trial(model, _padded)
-    generates = pads or passes_trial(model, _unpadded)
+    pads, generates = generates_exactly(model)
     waiting = sorted(range(len(prompt_ids)), key=lambda place: -len(prompt_ids[place]))
     config = _greedy_config(max_new_tokens, eos_ids, pad_id)
     with _configured(model, config):
@@ -73,6 +72,12 @@ def answer_in_batches(
             else:
                 ids = _continued(model, inputs["input_ids"], config, stopped, synced)
             yield from zip(rows, ids[:, width:].tolist(), strict=False)
+
+
+def generates_exactly(model: Any) -> tuple[bool, bool]:
+    """Whether ``generate`` answers as the model alone does: padded on the left, and unpadded."""
+    pads = passes_trial(model, _padded)
+    return pads, pads or passes_trial(model, _unpadded)
 
 
 @torch.no_grad()
