@@ -50,7 +50,7 @@ def results(*, questions: int = 32, rounds: int = 3, quick: bool = False) -> Ite
     sums: dict[bool, torch.Tensor] = {}
 
     def score(shares: bool) -> None:
-        with patch.object(choice, "can_share_prompts", lambda *_: shares):
+        with patch.object(choice, "shares_exactly", lambda *_: shares):
             sums[shares] = torch.cat([choice_log_likelihoods(model, b)[0] for b in batches])
 
     ways = {"shared": partial(score, True), "plain": partial(score, False)}

@@ -30,6 +30,7 @@ from lwf_lightning.tasks import (
     get_task,
     load_rows,
 )
+from lwf_lightning.vocabulary import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,7 +186,7 @@ class LWFDataModule(EvaluationDataMixin):
             self._prepare_evaluation("predict")
 
     def _take_tokenizer(self) -> None:
-        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        module: Any = getattr(self.trainer, "lightning_module", None)
         tokenizer = getattr(module, "tokenizer", self.tokenizer)
         if tokenizer is None:
             raise ValueError("set datamodule.tokenizer before setup, or use a Trainer")
@@ -340,12 +341,12 @@ class LWFDataModule(EvaluationDataMixin):
 
     @property
     def pad_token_id(self) -> int:
-        """Id for padding: the end-of-text token's where the tokenizer has no pad token."""
+        """Id for padding: the end-of-text token's without a pad token that the model embeds."""
         ids = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
-        for token in ids:
-            if isinstance(token, int):
-                return token
-        raise ValueError("the tokenizer has neither a pad token nor an end-of-text token")
+        if ids == (None, None):
+            raise ValueError("the tokenizer has neither a pad token nor an end-of-text token")
+        module = getattr(self.trainer, "lightning_module", None)
+        return padding_id(ids, getattr(module, "model", None))
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the learning task, one per learning step, in an order set by the seed.

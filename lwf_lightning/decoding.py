@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from lwf_lightning.trial import TRIAL_TOKENS, passes_trial
+
 _PREFILL_TOKENS = 2048  # of prompts read in one pass: the arithmetic is busy, the memory small
 _SLOT_TOKENS = 512  # a longer prompt takes the room of several
 _NEEDED = {"position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -25,7 +27,8 @@ def can_decode(model: Any, tokens: int) -> bool:
     """Whether :func:`decode` suits a model: attention alone, over all of so many tokens.
 
     Recurrent layers, windows narrower than that, and models that count positions by themselves
-    are left to ``generate``.
+    are left to :mod:`lwf_lightning.fallback`. What a model does not tell :func:`decodes_exactly`
+    finds out.
     """
     if not inspect.signature(model.forward).parameters.keys() >= _NEEDED:
         return False
@@ -36,6 +39,19 @@ def can_decode(model: Any, tokens: int) -> bool:
         elif type(layer) is not DynamicLayer:
             return False
     return all(tokens < window for window in windows if window is not None)
+
+
+def decodes_exactly(model: Any, tokens: int) -> bool:
+    """As :func:`can_decode`, and a trial gave what the model predicts without :func:`decode`."""
+    is_proven = can_decode(model, TRIAL_TOKENS) and passes_trial(model, _two_steps)
+    return is_proven and can_decode(model, tokens)
+
+
+def _two_steps(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """A way of :func:`~lwf_lightning.trial.passes_trial`."""
+    rows, slots = [_Row(place, ids) for place, ids in enumerate(prompts)], _Slots(model, 2, 0)
+    logits = torch.stack([slots.read(rows), slots.advance()], dim=1)
+    return [[*row.prompt, row.answer[0]] for row in rows], logits
 
 
 @torch.no_grad()
@@ -120,8 +136,8 @@ class _Slots:
         """Columns that the longest of these rows may come to fill."""
         return max(len(row.prompt) for row in rows) + self.max_new_tokens - 1
 
-    def read(self, fresh: list[_Row]) -> None:
-        """Reads the prompts of new rows, padded on the right, and adds their first token."""
+    def read(self, fresh: list[_Row]) -> Tensor:
+        """Reads the prompts of new rows, padded on the right; adds and returns what follows."""
         lengths = torch.tensor([len(row.prompt) for row in fresh])
         width = int(lengths.max())
         padded = [[*row.prompt, *[self.pad_id] * (width - len(row.prompt))] for row in fresh]
@@ -135,16 +151,17 @@ class _Slots:
             read,
             ends.to(self.device),
         )
-        _append(fresh, logits[torch.arange(len(fresh)), own_end])
+        following = _append(fresh, logits[torch.arange(len(fresh)), own_end])
         if not self.layers:
             self.layers = [_SlotLayer() for _ in read.layers]
         capacity = self.columns_for([*self.rows, *fresh])
         for layer, prompts in zip(self.layers, read.layers, strict=True):
             layer.admit(prompts, len(self.rows), capacity)
         self.rows += fresh
+        return following
 
-    def advance(self) -> None:
-        """Adds one token to every row."""
+    def advance(self) -> Tensor:
+        """Adds one token to every row; returns its logits."""
         ends = torch.tensor([row.cached for row in self.rows])
         width = int(ends.max()) + 1
         step = (torch.arange(len(ends), device=self.device), ends.to(self.device), width)
@@ -157,7 +174,7 @@ class _Slots:
             Cache(layers=[*self.layers]),
             1,
         )
-        _append(self.rows, logits[:, -1])
+        return _append(self.rows, logits[:, -1])
 
     def idle(self) -> None:
         """A forward pass for the other processes' sake."""
@@ -188,9 +205,10 @@ class _Slots:
         ).logits
 
 
-def _append(rows: Sequence[_Row], logits: Tensor) -> None:
+def _append(rows: Sequence[_Row], logits: Tensor) -> Tensor:
     for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
         row.answer.append(token)
+    return logits
 
 
 class _SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]

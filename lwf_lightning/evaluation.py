@@ -42,17 +42,17 @@ class EvaluationMixin(L.LightningModule):
         raise NotImplementedError
 
     def on_fit_start(self) -> None:
-        """Refuses validation prompts without room for an answer, before anything is trained."""
+        """Refuses validation texts that do not fit the model, before anything is trained."""
         if self.trainer.enable_validation:
-            self._check_positions("val")
+            self._check_texts("val")
 
     def on_validation_start(self) -> None:
-        """Refuses prompts without room for an answer."""
-        self._check_positions("val")
+        """Refuses texts longer than the model, and prompts without room for an answer."""
+        self._check_texts("val")
 
     def on_test_start(self) -> None:
-        """Refuses prompts without room for an answer."""
-        self._check_positions("test")
+        """Refuses texts longer than the model, and prompts without room for an answer."""
+        self._check_texts("test")
 
     def on_validation_epoch_start(self) -> None:
         """Starts to count."""
@@ -102,7 +102,7 @@ class EvaluationMixin(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Refuses prompts without room for an answer, and starts to collect."""
-        self._check_positions("predict")
+        self._check_texts("predict")
         self._predictions: list[dict[str, Any]] = []
 
     def on_predict_end(self) -> None:
@@ -120,9 +120,11 @@ class EvaluationMixin(L.LightningModule):
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def _check_positions(self, stage: EvalStage) -> None:
-        positions = positions_of(self.model)
-        if positions is not None and isinstance(self._data, EvaluationDataMixin):
+    def _check_texts(self, stage: EvalStage) -> None:
+        if not isinstance(self._data, EvaluationDataMixin):
+            return
+        self._data.check_vocabulary(stage, self.model)
+        if (positions := positions_of(self.model)) is not None:
             self._data.check_positions(stage, positions)
 
     def _start(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -13,6 +13,7 @@ from lwf_lightning.data.sampler import seeded_sample
 from lwf_lightning.data.unreachable import warn_of_unreachable
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.tasks import Example, Task
+from lwf_lightning.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,25 +102,41 @@ class EvaluationDataMixin(L.LightningDataModule):
         return self._eval_loader(key)
 
     def check_positions(self, stage: EvalStage, positions: int) -> None:
-        """Refuses prompts whose generated answers may exceed the model's positions.
+        """Refuses texts, and prompts whose generated answers may, exceed the model's positions.
 
         Args:
-            stage: The stage whose prompts are looked at; they have to be there.
+            stage: The stage whose examples are looked at; they have to be there.
             positions: How many tokens prompt and answer may have together.
 
         Raises:
             DataError: If one does; names the row and the flag.
         """
         for key in self._loader_keys(stage):
-            for item in self._eval_items[key] if key[2] == "generate" else ():
-                tokens = len(item.texts[0])
-                if tokens + self.max_new_tokens > positions:
+            for item in self._eval_items[key]:
+                tokens = max(map(len, item.texts))
+                if key[2] == "choice" and tokens > positions:
+                    raise DataError(
+                        f"{item.example.source}: prompt and choice have {tokens} tokens, more than "
+                        f"the model's {positions} positions; lower data.init_args.max_length="
+                        f"{self.max_length} to that, or take the row out"
+                    )
+                if key[2] == "generate" and tokens + self.max_new_tokens > positions:
                     raise DataError(
                         f"{item.example.source}: the prompt has {tokens} tokens, and "
                         f"data.init_args.max_new_tokens={self.max_new_tokens} is more than the "
                         f"model's {positions} positions leave for an answer; lower it or take the "
                         "row out"
                     )
+
+    def check_vocabulary(self, stage: EvalStage, model: Any) -> None:
+        """Refuses examples of a stage with token ids that a model does not embed.
+
+        Raises:
+            ValueError: If there are some; names the task.
+        """
+        for key in self._loader_keys(stage):
+            texts = (text.input_ids for item in self._eval_items[key] for text in item.texts)
+            check_ids(texts, model, self._tokenizer, f"the {key[1]} examples of {key[0]}")
 
     def _loader_keys(self, stage: EvalStage) -> list[EvalKey]:
         """What each loader of a stage holds."""

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lwf_lightning.modes import kept_modes
 from lwf_lightning.shards import highest, mesh_of
+from lwf_lightning.vocabulary import check_ids, padding_id
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -43,7 +43,7 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
 def positions_of(model: Any) -> int | None:
     """How many tokens a text may have, prompt and answer together; None without a limit."""
     positions: int | None = getattr(unwrapped(model).config, "max_position_embeddings", None)
-    return positions
+    return positions if positions and positions > 0 else None  # XLNet's -1 stands for no limit
 
 
 def prompt_limit(model: Any, max_new_tokens: int, max_prompt_tokens: int | None) -> int | None:
@@ -102,10 +102,10 @@ def generate_answers(
     equally many forward passes.
 
     As soon as prompts are finished, others take their place in the batch
-    (:func:`~lwf_lightning.decoding.decode`); models that this does not suit go through
-    ``generate`` batch by batch. Sampling, penalties and beams of the model's own generation config
-    are left aside; only its end-of-text ids count. Each answer is the one the prompt would get
-    alone, up to ties within rounding.
+    (:func:`~lwf_lightning.decoding.decode`); models that this does not suit answer batch by batch
+    (:func:`~lwf_lightning.fallback.answer_in_batches`). Sampling, penalties and beams of the
+    model's own generation config are left aside; only its end-of-text ids count. Each answer is the
+    one the prompt would get alone, up to ties within rounding.
 
     Args:
         model: A ``transformers`` causal LM, with or without a LoRA adapter. It generates in
@@ -123,17 +123,18 @@ def generate_answers(
         kept if it was generated; nothing of a stop string is.
 
     Raises:
-        ValueError: If a prompt or a stop string is empty, or a number is below 1.
+        ValueError: If a prompt or a stop string is empty, a number is below 1, or the model does
+            not embed a prompt's ids.
     """
-    from lwf_lightning.decoding import can_decode, decode  # imports transformers: seconds
+    from lwf_lightning.decoding import decode, decodes_exactly  # imports transformers: seconds
+    from lwf_lightning.fallback import answer_in_batches
 
     _check(prompt_ids, max_new_tokens, batch_size, stop)
     base = unwrapped(model)
+    check_ids(prompt_ids, base, tokenizer, "the prompts")
     eos_ids = eos_token_ids(base, tokenizer)
     is_stopped = _stop_check(tokenizer, stop)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:  # the padding is masked, so any id will do
-        pad_id = eos_ids[0] if eos_ids else 0
+    pad_id = padding_id((tokenizer.pad_token_id, *eos_ids), base)
     longest = max((len(ids) for ids in prompt_ids), default=0)
     any_left: Callable[[bool], bool] | None = None
     if (mesh := mesh_of(model.parameters())) is not None:
@@ -142,7 +143,7 @@ def generate_answers(
     answers: list[tuple[int, ...]] = [()] * len(prompt_ids)
     bar = tqdm(total=len(prompt_ids), desc=description, unit="prompt", disable=not progress)
     with bar, evaluation_mode(model):
-        if can_decode(base, longest + max_new_tokens):
+        if decodes_exactly(base, longest + max_new_tokens):
             finished = decode(
                 base,
                 prompt_ids,
@@ -153,8 +154,16 @@ def generate_answers(
                 any_left=any_left or bool,
             )
         else:
-            config = _greedy_config(max_new_tokens, eos_ids, pad_id)
-            finished = _generate(base, prompt_ids, config, batch_size, is_stopped, any_left)
+            finished = answer_in_batches(
+                base,
+                prompt_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                eos_ids=eos_ids,
+                is_stopped=is_stopped,
+                pad_id=pad_id,
+                any_left=any_left,
+            )
         for row, ids in finished:
             answers[row] = _cut(ids, tokenizer, eos_ids, stop)
             bar.update()
@@ -177,61 +186,6 @@ def _check(
     for row, ids in enumerate(prompt_ids):
         if not len(ids):
             raise ValueError(f"prompt {row} has no tokens: there is nothing to continue")
-
-
-def _greedy_config(max_new_tokens: int, eos_ids: Sequence[int], pad_id: int) -> Any:
-    from transformers import GenerationConfig
-
-    new_config: Any = GenerationConfig  # its constructor is untyped
-    return new_config(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=list(eos_ids) or None,
-        pad_token_id=pad_id,
-    )
-
-
-def _generate(
-    model: Any,
-    prompt_ids: Sequence[Sequence[int]],
-    config: Any,
-    batch_size: int,
-    is_stopped: Callable[[Sequence[int]], bool],
-    any_left: Callable[[bool], bool] | None,
-) -> Iterator[tuple[int, list[int]]]:
-    """What :func:`~lwf_lightning.decoding.decode` yields, by the model's own ``generate``."""
-    longest_first = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
-    # Handing the configuration to ``generate`` alone is not enough: whatever it leaves unset is
-    # filled in from the model's own.
-    own, model.generation_config = model.generation_config, config
-    try:
-        while (any_left or bool)(bool(longest_first)):
-            rows, longest_first = longest_first[:batch_size], longest_first[batch_size:]
-            inputs = _pad_left([prompt_ids[row] for row in rows] or [[0]], config.pad_token_id)
-            width = inputs["input_ids"].shape[1]
-
-            def stopped(ids: Tensor, _: Any, width: int = width, **__: Any) -> Tensor:
-                done = [is_stopped(row) for row in ids[:, width:].tolist()]
-                return torch.tensor(done, device=ids.device)
-
-            generated = model.generate(
-                **{name: value.to(model.device) for name, value in inputs.items()},
-                generation_config=config,
-                stopping_criteria=[stopped],
-                synced_gpus=any_left is not None,
-            )
-            yield from zip(rows, generated[:, width:].tolist(), strict=False)
-    finally:
-        model.generation_config = own
-
-
-def _pad_left(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    width = max(len(ids) for ids in prompt_ids)
-    input_ids = [[pad_id] * (width - len(ids)) + [*ids] for ids in prompt_ids]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
-    return {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
 
 
 def _stop_check(

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch, batches_of, padded_right
+from lwf_lightning.data.training import check_lengths
+from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.fisher import diagonal_fisher
 from lwf_lightning.forgetting.weights import trainable_parameters
+from lwf_lightning.generation import positions_of
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.optimization import clip_gradients, labelled_token_count
 from lwf_lightning.packing import forward_passes, text_by_text
@@ -28,6 +31,7 @@ from lwf_lightning.regularizers import (
 from lwf_lightning.shards import in_step
 from lwf_lightning.token_forgetting import TokenForgetting
 from lwf_lightning.unlearning import tokens_under
+from lwf_lightning.vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +54,17 @@ class LearningMixin(L.LightningModule):
     def takes_one_pass(self) -> bool:
         """Whether all texts of a learning step go through the model together."""
         return self.learning_loss is not None or isinstance(self.regularizer, FeaturePenalty)
+
+    def on_fit_start(self) -> None:
+        """Refuses learning texts that the model cannot take, before anything is elicited."""
+        data = self._data
+        if isinstance(data, LWFDataModule) and data.tokenizer is not None:
+            positions = positions_of(self.model)
+            texts = [text.input_ids for text in data.learning_encoded]
+            what = f"the learning texts of {data.learning_task}"
+            check_ids(texts, self.model, data.tokenizer, what)
+            check_lengths(data.learning_encoded, positions, data.learning_task, data.max_length)
+        super().on_fit_start()
 
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         raise NotImplementedError

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lwf_lightning.data.batch import Batch
+from lwf_lightning.data.batch import Batch, EncodedText, collate
 from lwf_lightning.data.passes import fill_rows, take_texts, texts_of_passes
-from lwf_lightning.generation import evaluation_mode, unwrapped
-from lwf_lightning.shards import reshard
+from lwf_lightning.generation import unwrapped
+from lwf_lightning.trial import TRIAL_TOKENS, passes_trial
 
 TEXT_BY_TEXT = "text_by_text"
 """The attention of transformers under which a row may hold several texts."""
@@ -112,7 +111,10 @@ def text_by_text(model: nn.Module, batch: Batch) -> Iterator[bool]:
     """
     mask = batch["attention_mask"]
     longest = int(mask.sum(dim=1).max())
-    if _is_proven(model, mask.device) and can_attend_text_by_text(model, longest, mask.device):
+    is_proven = can_attend_text_by_text(model, TRIAL_TOKENS, mask.device) and passes_trial(
+        model, _in_one_row
+    )
+    if is_proven and can_attend_text_by_text(model, longest, mask.device):
         with _attention_text_by_text(unwrapped(model)):
             yield True
     else:
@@ -132,29 +134,13 @@ def _attention_text_by_text(base: Any) -> Iterator[None]:
         base.set_attn_implementation(usual)
 
 
-_PROVEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _is_proven(model: nn.Module, device: torch.device) -> bool:
-    """Whether two short texts predict in one row what each predicts alone; a model is tried once.
-
-    Some count positions in a way of their own, or do not hand the lengths on to their attention,
-    and nothing about them says so.
-    """
-    base = unwrapped(model)
-    if base not in _PROVEN and can_attend_text_by_text(model, 3, device):
-        ids = torch.arange(5, 11, device=device).view(2, 3) % base.config.vocab_size
-        row = one_row({"input_ids": ids, "attention_mask": torch.ones_like(ids).tril(1)})
-        with evaluation_mode(model), torch.autocast(device.type, enabled=False):
-            texts = (ids[:1, :2], ids[1:])
-            alone = torch.cat([model(input_ids=text, use_cache=False).logits[0] for text in texts])
-            with _attention_text_by_text(base):
-                together = model(**row, use_cache=False).logits[0]
-        reshard(model)
-        tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
-        _PROVEN[base] = bool((together - alone).abs().max() <= tolerance)
-    return _PROVEN.get(base, False)
+def _in_one_row(model: Any, texts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """A way of :func:`~lwf_lightning.trial.passes_trial`."""
+    row = one_row(collate([EncodedText(tuple(ids), tuple(ids)) for ids in texts], 0))
+    with _attention_text_by_text(unwrapped(model)):
+        logits = model(**row, use_cache=False).logits[0]
+    parts = logits.split([len(ids) for ids in texts])
+    return texts, torch.stack([part[-2:] for part in parts])
 
 
 @contextmanager

@@ -117,6 +117,7 @@ class LWFTrainer(L.Trainer):
         if kwargs.get("barebones"):  # nothing is added; Lightning refuses what is asked for
             logger = False if logger is None or logger is True else logger
             enable_progress_bar = bool(enable_progress_bar)
+        default_root_dir = Path(default_root_dir).expanduser()
         board = BoardLogger(default_root_dir)
         self.run_folder = Path(board.log_dir)
         if logger is None or logger is True:

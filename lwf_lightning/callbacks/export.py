@@ -61,7 +61,7 @@ class ExportCallback(L.Callback):
         rank_zero_info(f"Exported the model to {folder}")
 
     def _target(self, run: Path) -> Path:
-        return run / "model" if self.folder is None else Path(self.folder)
+        return run / "model" if self.folder is None else Path(self.folder).expanduser()
 
     def _is_own(self, trainer: L.Trainer, run: Path) -> bool:
         """Whether what is there is this run's: only LWFTrainer has a folder for each."""

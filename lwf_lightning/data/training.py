@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lwf_lightning.data.batch import EncodedText
 from lwf_lightning.data.encode import encode_examples
-from lwf_lightning.data.rows import Row
+from lwf_lightning.data.rows import DataError, Row
 from lwf_lightning.data.sampler import even_shares, seeded_sample
 from lwf_lightning.tasks.base import Example, Task
 
@@ -33,6 +33,29 @@ def learning_texts(
             stacklevel=2,
         )
     return texts
+
+
+def check_lengths(
+    texts: Sequence[EncodedText], positions: int | None, task: str, max_length: int
+) -> None:
+    """Refuses learning texts that are longer than the model.
+
+    Args:
+        texts: The learning texts.
+        positions: How many tokens a text may have; None without a limit.
+        task: Name of the learning task.
+        max_length: The limit that they were cut to.
+
+    Raises:
+        DataError: If one is longer; names the flag.
+    """
+    tokens = [len(text) for text in texts]
+    if positions is not None and max(tokens, default=0) > positions:
+        raise DataError(
+            f"{sum(count > positions for count in tokens)} of {len(texts)} learning texts of "
+            f"{task} are too long: they have up to {max(tokens)} tokens, more than the model's "
+            f"{positions} positions; lower data.init_args.max_length={max_length} to that"
+        )
 
 
 def pooled_prompts(

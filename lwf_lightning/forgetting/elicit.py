@@ -155,7 +155,7 @@ def elicit(
         }
         content = (settings, prompts, names, prompt_ids, sorted(tokenizer.get_vocab().items()))
         fingerprint = _fingerprint(base, content)
-        cache_file = Path(cache_dir) / f"{fingerprint}.jsonl"
+        cache_file = Path(cache_dir).expanduser() / f"{fingerprint}.jsonl"
         file, key = cache_file, fingerprint
         if (known := ranks.from_first(lambda: _read_cache(file, key))) is not None:
             return known

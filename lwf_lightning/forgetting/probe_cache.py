@@ -54,7 +54,8 @@ def shared_probe(
         What ``compute`` returns or once returned, bit for bit.
     """
     ranks = ranks or Ranks()
-    file = Path(folder) / f"{_fingerprint(model, batches, settings, ranks)}.safetensors"
+    name = f"{_fingerprint(model, batches, settings, ranks)}.safetensors"
+    file = Path(folder).expanduser() / name
     with locked(file.with_suffix(".lock")) if ranks.is_first else nullcontext():
         known = _read(file, model) if ranks.is_first else None
         if ranks.from_first(lambda: known is not None):

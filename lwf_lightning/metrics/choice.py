@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch
 from lwf_lightning.data.passes import take_texts, texts_of_passes
 from lwf_lightning.losses import labelled_tokens
-from lwf_lightning.metrics.shared_prompts import can_share_prompts, share_prompts, with_tree_mask
+from lwf_lightning.metrics.shared_prompts import share_prompts, shares_exactly, with_tree_mask
 from lwf_lightning.shards import in_step
 
 
@@ -32,7 +32,7 @@ def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tens
         ValueError: If no position of the batch carries a label.
     """
     texts, width = batch["input_ids"].shape
-    shares = can_share_prompts(model, width)
+    shares = shares_exactly(model, width)
     rows = torch.arange(texts, device=batch["labels"].device)
     whole = share_prompts(batch) if shares else {**batch, "text": rows[:, None].expand(-1, width)}
     parts = [take_texts(whole, chosen) for chosen in texts_of_passes(model, whole)]

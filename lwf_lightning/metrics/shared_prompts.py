@@ -8,11 +8,15 @@ branch begins with the last token of the prompt, from which its first token is p
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Any
 
-from lwf_lightning.data.batch import IGNORE_INDEX, Batch
+import torch
+from torch import Tensor, nn
+
+from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, collate
 from lwf_lightning.generation import unwrapped
+from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.trial import TRIAL_TOKENS, passes_trial
 
 _PROMPT, _PADDING = -1, -2
 
@@ -24,6 +28,22 @@ def can_share_prompts(model: nn.Module, tokens: int) -> bool:
     base = unwrapped(model)
     # Others add the mask to the scores, or know none; SDPA alone takes a boolean one.
     return base.config._attn_implementation == "sdpa" and can_decode(base, tokens)
+
+
+def shares_exactly(model: nn.Module, tokens: int) -> bool:
+    """As :func:`can_share_prompts`, and a trial gave what the model predicts of texts alone."""
+    is_proven = can_share_prompts(model, TRIAL_TOKENS) and passes_trial(model, _behind_one_prompt)
+    return is_proven and can_share_prompts(model, tokens)
+
+
+def _behind_one_prompt(model: Any, texts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """A way of :func:`~lwf_lightning.trial.passes_trial`: one more token has the last predict."""
+    longer = [EncodedText((*ids, 0), (IGNORE_INDEX, IGNORE_INDEX, *ids[2:], 0)) for ids in texts]
+    rows = with_tree_mask(share_prompts(collate(longer, 0)))
+    device = next(model.parameters()).device
+    tokens = labelled_tokens(model, {name: rows[name].to(device) for name in rows})
+    parts = torch.split(tokens.logits, [len(ids) - 1 for ids in texts])
+    return texts, torch.stack([part[-2:] for part in parts])
 
 
 def share_prompts(batch: Batch) -> Batch:

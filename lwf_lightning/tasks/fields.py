@@ -138,7 +138,7 @@ def task_from_fields(
     return FieldsTask(
         name,
         stop=tuple(stop),
-        folder=None if fields.folder is None else Path(fields.folder),
+        folder=None if fields.folder is None else Path(fields.folder).expanduser(),
         has_choices=fields.choices is not None,
         has_answers=fields.choices is not None or fields.answer is not None,
         fields=fields,

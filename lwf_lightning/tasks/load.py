@@ -39,4 +39,4 @@ def load_rows(
             f"task {task.name!r} needs its files: set data.init_args.data_dir to the folder that "
             f"holds {task.name}/{split}.jsonl, or data.init_args.source to hub"
         )
-    return task_rows(Path(data_dir) / task.name, split)
+    return task_rows(Path(data_dir).expanduser() / task.name, split)

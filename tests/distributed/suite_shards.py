@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,6 +25,7 @@ from lwf_lightning.forgetting.weights import copy_weights, exchanged_weights, tr
 from lwf_lightning.fsdp2 import shard_model
 from lwf_lightning.generation import generate_answers
 from lwf_lightning.losses import labelled_tokens
+from lwf_lightning.metrics import choice_log_likelihoods
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.shards import whole
 
@@ -247,6 +249,45 @@ def test_every_rank_generates_what_one_process_would(
     expected = generate_answers(oracle.make_model(name), tokenizer, mine, **options)
     model = sharded(oracle.make_model(name), mesh)
     assert generate_answers(model, tokenizer, mine, **options) == expected
+
+
+ROBERTA = {"is_decoder": True, "pad_token_id": 1, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Roberta", ROBERTA),  # counts positions from its pad token
+        ("Falcon", {"alibi": True}),  # fails with a mask of our own
+    ],
+)
+def test_every_rank_finds_out_what_a_model_cannot(
+    mesh: DeviceMesh, make_texts: Make, name: str, options: dict[str, Any]
+) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=37,
+            hidden_size=16,
+            intermediate_size=28,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            **options,
+        )
+        return getattr(transformers, f"{name}ForCausalLM")(config).double().eval()
+
+    tokenizer = functions_of("conftest.py").byte_tokenizer()
+    mine = [[5, 6, 7 + RANK], [8] * (2 + RANK), [9, 10]][: 3 - 2 * RANK]
+    (batch,) = batches_of(make_texts(5 - RANK), 5, pad_token_id=0)
+    expected, found = (
+        (
+            choice_log_likelihoods(model, batch)[0],
+            generate_answers(model, tokenizer, mine, max_new_tokens=4, batch_size=2),
+            choice_log_likelihoods(model, batch)[0],
+        )
+        for model in (make(), sharded(make(), mesh))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_parameters_are_the_shards_after_a_forward_pass(mesh: DeviceMesh, oracle: Any) -> None:

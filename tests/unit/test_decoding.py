@@ -53,7 +53,7 @@ def decoded(model: Any, of: list[tuple[int, ...]], **changes: Any) -> list[tuple
 
 def build(name: str, attention: str = "sdpa", **settings: Any) -> Any:
     config = getattr(transformers, f"{name}Config")(**settings)
-    kind = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    kind = "LMHeadModel" if name in ("GPT2", "XLNet") else "ForCausalLM"
     architecture = getattr(transformers, name.removesuffix("Text") + kind)
     torch.manual_seed(3)
     model = architecture._from_config(config, attn_implementation=attention).eval()
@@ -143,6 +143,46 @@ def test_other_models_go_through_generate(name: str, settings: dict[str, Any]) -
         )
         assert answers == expected
     assert model.generation_config is own
+
+
+ROBERTA = {**LLAMA, "is_decoder": True}
+RWKV = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+XLNET = {"vocab_size": 37, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 20}
+XLSTM = {"vocab_size": 37, "hidden_size": 16, "num_blocks": 2, "num_heads": 2}
+BART = {
+    "vocab_size": 37,
+    "d_model": 16,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 20,
+    "max_position_embeddings": 64,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Roberta", {**ROBERTA, "pad_token_id": 1}),  # counts positions from its pad token
+        ("XLMRoberta", {**ROBERTA, "pad_token_id": 1}),
+        ("Bart", BART),  # counts the padding, too
+        ("Rwkv", {**RWKV, "attention": "eager"}),  # reads the padding, too
+        ("XLNet", {**XLNET, "attention": "eager"}),  # generates in a way of its own
+        ("xLSTM", {**XLSTM, "attention": "eager"}),  # fails in a batch
+    ],
+)
+def test_models_whose_own_ways_are_wrong_are_found_out(name: str, settings: dict[str, Any]) -> None:
+    model = build(name, **settings)
+    state, own = torch.get_rng_state(), model.generation_config
+    expected = [by_hand(model, prompt) for prompt in prompts()]
+    for batch_size in (1, 3):
+        answers = generate_answers(
+            model, _Tokenizer(), prompts(), max_new_tokens=NEW, batch_size=batch_size
+        )
+        assert answers == expected
+    assert model.generation_config is own
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class _Tokenizer:

@@ -1,7 +1,8 @@
-"""Models whose positions end: what is generated has to fit before anything runs."""
+"""Models whose positions end: what they read and generate has to fit before anything runs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,51 @@ def test_answers_that_just_fit_are_generated(
     trainer = make_trainer(limit_val_batches=None)
     data = make_data(evaluation="generate", max_new_tokens=POSITIONS - 6)
     assert getattr(trainer, stage)(make_gpt2(), datamodule=data)
+
+
+def lengthened(folder: Path, **words: int) -> str:
+    """Tasks of choices whose last row of a split has a prompt of so many words."""
+    for task in ("learn", "forget"):
+        (folder / task).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            counts = [2, 3, words.get(split, 4)]
+            fields = {"choices": ["w2", "w3"], "label": 0, "answer": "w2"}
+            rows = [{"prompt": "w1 " * count, **fields} for count in counts]
+            (folder / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("split", "stage", "limit", "message"),
+    [
+        ("train", "fit", 0, r"1 of 3 learning texts of learn .* up to 32 tokens"),
+        ("validation", "fit", None, r"validation\.jsonl:row 3: .* 31 tokens"),
+        ("validation", "validate", None, r"validation\.jsonl:row 3: .* 31 tokens"),
+        ("test", "test", None, r"test\.jsonl:row 3: .* 31 tokens"),
+    ],
+)
+def test_texts_longer_than_the_positions_are_refused_before_anything_runs(
+    make_gpt2: Make,
+    make_data: Make,
+    make_trainer: Make,
+    tmp_path: Path,
+    split: str,
+    stage: str,
+    limit: int | None,
+    message: str,
+) -> None:
+    folder = lengthened(tmp_path / "long", **{split: 30})
+    data = make_data(data_dir=folder, evaluate_forgetting=False)
+    data.elicit_self_knowledge = lambda _: pytest.fail("it has elicited")
+    module = make_gpt2(without_scores="use_all")
+    trainer = make_trainer(limit_val_batches=limit)
+    way_out = rf"{message}.* {POSITIONS} positions.*data\.init_args\.max_length=512"
+    with pytest.raises(DataError, match=way_out):
+        getattr(trainer, stage)(module, datamodule=data)
+
+
+def test_texts_that_just_fit_are_learned(
+    make_gpt2: Make, make_data: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    folder = lengthened(tmp_path / "long", train=POSITIONS - 2)  # with answer and end of text
+    make_trainer(max_steps=2).fit(make_gpt2(schedule="never"), make_data(data_dir=folder))

@@ -61,6 +61,9 @@ def sampling(model: torch.nn.Module, seed: int) -> Iterator[None]:
         model: A ``transformers`` causal LM, with or without an adapter.
         seed: Seed of the noise.
     """
+    from lwf_lightning.decoding import decodes_exactly  # imports transformers: seconds
+    from lwf_lightning.fallback import generates_exactly
+
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(_: Any, __: Any, output: Any) -> Any:
@@ -68,7 +71,10 @@ def sampling(model: torch.nn.Module, seed: int) -> Iterator[None]:
         output.logits = output.logits.float() - waiting.log().to(output.logits.device)
         return output
 
-    hook = unwrapped(model).register_forward_hook(disturb)
+    base = unwrapped(model)
+    decodes_exactly(base, 0)  # their trials come now: with noise no way would pass
+    generates_exactly(base)
+    hook = base.register_forward_hook(disturb)
     try:
         yield
     finally:
