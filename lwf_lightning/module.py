@@ -384,8 +384,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
                 "as model.init_args.model_name"
             )
         state = checkpoint["lwf"]
-        check_adapter(state["base_weights"] is not None, self.lora)
         check_resumable(self._trainer, state)
+        check_adapter(state["base_weights"] is not None, self.lora)
         self.unlearning_steps = state["unlearning_steps"]
         self._unlearned_before = state["unlearned_before"]
         self.skipped_steps = state["skipped_steps"]

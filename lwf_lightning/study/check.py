@@ -44,6 +44,11 @@ class _ParsingCLI(LWFCLI):
         """Parses the configuration, whatever stands on this process's command line."""
         self.config = parser.parse_object(args)
 
+    def take(self, config: Namespace) -> None:
+        """Has modules made from now on know these as their arguments."""
+        self.config = config
+        vars(self).pop("config_dump", None)  # Lightning makes it once
+
     def _set_seed(self) -> None:
         """Leaves the random state as it is."""
 
@@ -64,7 +69,7 @@ class ConfigReader:
     """Reads configurations as ``fit`` does; neither devices nor models are asked for."""
 
     def __init__(self) -> None:
-        self._parser: Any = None
+        self._cli: Any = None
 
     def read(self, config: Mapping[str, Any]) -> Namespace:
         """Parses a configuration and makes its module and datamodule.
@@ -76,18 +81,17 @@ class ConfigReader:
             ValueError: If it is not accepted; names the flag.
         """
         try:
-            if self._parser is None:  # it parses one configuration as it is made
-                self._parser = _parser(config)
+            if self._cli is None:  # it parses one configuration as it is made
+                self._cli = _parsing_cli(config)
             # Parsing writes into what it is given.
-            return self._parser.instantiate_classes(  # type: ignore[no-any-return]
-                self._parser.parse_object(overlaid(config, {}))
-            )
+            self._cli.take(self._cli.parser.parse_object(overlaid(config, {})))
+            return self._cli.parser.instantiate_classes(self._cli.config)  # type: ignore[no-any-return]
         except (ArgumentError, ValueError, TypeError) as error:
             raise ValueError(one_line(str(error))) from error
 
 
-def _parser(config: Mapping[str, Any]) -> Any:
-    cli = _ParsingCLI(
+def _parsing_cli(config: Mapping[str, Any]) -> _ParsingCLI:
+    return _ParsingCLI(
         LWFModule,
         LWFDataModule,
         trainer_class=LWFTrainer,
@@ -100,7 +104,6 @@ def _parser(config: Mapping[str, Any]) -> Any:
         run=False,
         args=overlaid(config, {}),
     )
-    return cli.parser
 
 
 def parsed(runs: Iterable[Run]) -> Iterator[tuple[Run, Namespace]]:

@@ -171,6 +171,19 @@ def test_runs_are_reckoned_without_their_device(study: Study, data_folder) -> No
     assert "1e+09 FLOP/s" in assumed
 
 
+def test_every_module_knows_its_own_arguments(study: Study) -> None:
+    told = {
+        (run.method, run.cells): (config.model.hparams["learning_rate"], config.model.schedule.kind)
+        for run, config in parsed(comparison_runs(study, []))
+    }
+    assert told == {
+        ("vanilla", ("a",)): (1e-5, "never"),
+        ("vanilla", ("b",)): (1e-3, "never"),
+        ("lwf", ("a",)): (1e-5, "periodic"),
+        ("lwf", ("b",)): (1e-3, "periodic"),
+    }
+
+
 def test_what_the_command_line_refuses_is_named_with_its_run(study: Study) -> None:
     study.methods["lwf"].changes["model.unlearning_intervall"] = 3
     runs = comparison_runs(study, [])
