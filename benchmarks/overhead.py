@@ -6,7 +6,7 @@
 
 A random model of 27 million parameters learns 16 texts a step and unlearns what it says about
 psychology and dentistry: online anchor, an unlearning step of 8 texts every 8 learning steps, and
-every 200 of them a refresh over 256 learning texts (Fisher) and 256 texts of self-knowledge
+every 200 of them a refresh over 64 learning texts (Fisher) and 256 texts of self-knowledge
 (scores), which are elicited before the clock starts.
 
 A share of an interval, ``--parts 5``, takes a fifth of its steps and texts. What each step or text
@@ -36,7 +36,8 @@ from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
 from lwf_lightning.callbacks import fisher as refresh
 from lwf_lightning.trainer import LWFTrainer
 
-INTERVAL, STEPS, TEXTS, FORGET_BATCH = 8, 200, 256, 8
+INTERVAL, STEPS, FORGET_BATCH = 8, 200, 8
+TEXTS, FISHER_TEXTS = 256, 64  # to score, and behind the Fisher
 WARM_UP = 1  # learning steps before the clock starts, with a refresh and an unlearning step
 BAR = 1.3
 PARTS = {"qasc": 5, "gsm8k": 25}  # of an interval, one is measured: a minute or two a round
@@ -69,17 +70,26 @@ class Segment:
 
     @property
     def texts(self) -> int:
-        """Texts behind the Fisher, and texts to score, in whole batches."""
-        batches = -(-TEXTS // self.fisher_batch_size // self.parts)
+        """Texts to score, in whole batches."""
+        return self._share(TEXTS)
+
+    @property
+    def fisher_texts(self) -> int:
+        """Texts behind the Fisher, in whole batches."""
+        return self._share(FISHER_TEXTS)
+
+    def _share(self, texts: int) -> int:
+        batches = -(-texts // self.fisher_batch_size // self.parts)
         return batches * self.fisher_batch_size
 
     @property
     def counted(self) -> dict[str, float]:
         """How often an interval takes what the segment takes once."""
-        per_step, per_text = float(self.parts), TEXTS / self.texts
+        per_step = float(self.parts)
         return {
             **{LEARNING: per_step, UNLEARNING: per_step, ELSE: per_step},
-            **{FISHER: per_text, SCORES: per_text, SAVING: 1.0, REST: 1.0},
+            **{FISHER: FISHER_TEXTS / self.fisher_texts, SCORES: TEXTS / self.texts},
+            **{SAVING: 1.0, REST: 1.0},
         }
 
 
@@ -146,7 +156,7 @@ def run(segment: Segment, schedule: str, cache: str) -> dict[str, Seconds]:
     callback = TwoRefreshes(
         "online",
         STEPS,
-        fisher_texts=segment.texts,
+        fisher_texts=segment.fisher_texts,
         batch_size=segment.fisher_batch_size,
         forgetting_rate=max(0.25, FORGET_BATCH / segment.texts),  # enough for a whole batch
     )

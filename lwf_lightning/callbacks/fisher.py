@@ -100,7 +100,7 @@ class FisherCallback(L.Callback):
         refresh_interval: int | None = None,
         *,
         estimator: FisherEstimator = "empirical",
-        fisher_texts: int = 256,
+        fisher_texts: int = 64,
         reduction: Reduction = "mean",
         text_step: TextStep = "unit",
         alpha: float | None = None,
