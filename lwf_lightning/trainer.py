@@ -313,7 +313,7 @@ class LWFTrainer(L.Trainer):
         if ckpt_path == "last":  # looked up while all callbacks are there
             ckpt_path = str(self._checkpoint_connector.last_checkpoint(model, datamodule))
         names = ("callbacks", "loggers", "num_sanity_val_steps", "limit_val_batches")
-        own = {name: getattr(self, name) for name in (*names, "fit_loop", "run_folder")}
+        own = {name: getattr(self, name) for name in (*names, "fit_loop", "run_folder", "trains")}
         # Nothing is trained or validated, so nothing may be logged, saved or exported either.
         kept = (FisherCallback, ProgressBar) if isinstance(stop, _Score) else ProgressBar
         self.callbacks: list[L.Callback] = [
@@ -332,7 +332,6 @@ class LWFTrainer(L.Trainer):
         finally:  # the trainer is as it was for a fit that comes later
             for name, value in own.items():
                 setattr(self, name, value)
-            self.trains = True
         if datamodule.self_knowledge is None:
             raise ValueError("the run stopped before anything was elicited")
         return datamodule.self_knowledge

@@ -145,6 +145,7 @@ def elicit(
             "their start",
             stacklevel=2,
         )
+    adapts = _adapts(base)
     cache_file, fingerprint = None, ""
     if cache_dir is not None:
         settings = {
@@ -154,13 +155,13 @@ def elicit(
             "eos": eos_token_ids(base, tokenizer),
         }
         content = (settings, prompts, names, prompt_ids, sorted(tokenizer.get_vocab().items()))
-        fingerprint = _fingerprint(base, content)
+        fingerprint = _fingerprint(base, content, adapts)
         cache_file = Path(cache_dir).expanduser() / f"{fingerprint}.jsonl"
         file, key = cache_file, fingerprint
         if (known := ranks.from_first(lambda: _read_cache(file, key))) is not None:
             return known
 
-    without: Any = nullcontext if base is model or _adapts(base) else model.disable_adapter
+    without: Any = nullcontext if base is model or adapts else model.disable_adapter
     with without():
         share = generate_answers(
             model,
@@ -219,7 +220,7 @@ def _adapts(base: Any) -> bool:
 
 
 @torch.no_grad()
-def _fingerprint(base: Any, content: object) -> str:
+def _fingerprint(base: Any, content: object, adapts: bool) -> str:
     """Hash of the base weights' names, shapes, types and bytes, the architecture and ``content``.
 
     A LoRA adapter that changes nothing is left out and its wrapping taken off the names, so that
@@ -228,7 +229,6 @@ def _fingerprint(base: Any, content: object) -> str:
     digest = hashlib.sha256()
     config = comparable_config(base)
     digest.update(json.dumps([config, content], sort_keys=True, default=str).encode())
-    adapts = _adapts(base)
     for name, tensor in base.state_dict().items():
         if ".lora_" in name and not adapts:
             continue

@@ -51,6 +51,15 @@ def decoded(model: Any, of: list[tuple[int, ...]], **changes: Any) -> list[tuple
     return [answers[place] for place in range(len(of))]
 
 
+def assert_answers_are_those_by_hand(model: Any) -> None:
+    expected = [by_hand(model, prompt) for prompt in prompts()]
+    for batch_size in (1, 3):
+        answers = generate_answers(
+            model, _Tokenizer(), prompts(), max_new_tokens=NEW, batch_size=batch_size
+        )
+        assert answers == expected
+
+
 def build(name: str, attention: str = "sdpa", **settings: Any) -> Any:
     config = getattr(transformers, f"{name}Config")(**settings)
     kind = "LMHeadModel" if name in ("GPT2", "XLNet") else "ForCausalLM"
@@ -136,12 +145,7 @@ def test_other_models_go_through_generate(name: str, settings: dict[str, Any]) -
     model = build(name, **settings)
     assert not can_decode(model, 12 + NEW)
     own = model.generation_config
-    expected = [by_hand(model, prompt) for prompt in prompts()]
-    for batch_size in (1, 3):
-        answers = generate_answers(
-            model, _Tokenizer(), prompts(), max_new_tokens=NEW, batch_size=batch_size
-        )
-        assert answers == expected
+    assert_answers_are_those_by_hand(model)
     assert model.generation_config is own
 
 
@@ -175,12 +179,7 @@ BART = {
 def test_models_whose_own_ways_are_wrong_are_found_out(name: str, settings: dict[str, Any]) -> None:
     model = build(name, **settings)
     state, own = torch.get_rng_state(), model.generation_config
-    expected = [by_hand(model, prompt) for prompt in prompts()]
-    for batch_size in (1, 3):
-        answers = generate_answers(
-            model, _Tokenizer(), prompts(), max_new_tokens=NEW, batch_size=batch_size
-        )
-        assert answers == expected
+    assert_answers_are_those_by_hand(model)
     assert model.generation_config is own
     assert torch.equal(torch.get_rng_state(), state)
 
