@@ -50,10 +50,15 @@ def relative_change(model: nn.Module, before: Mapping[str, Tensor]) -> float:
     """
     parameters = trainable_parameters(model)
     pairs = [(local(p), local(before[name])) for name, p in parameters.items()]
-    moved = torch.stack([(after - start).float().square().sum() for after, start in pairs]).sum()
-    norms = torch.stack([start.float().square().sum() for _, start in pairs]).sum()
+    moved = torch.stack([_squared_norm(after - start) for after, start in pairs]).sum()
+    norms = torch.stack([_squared_norm(start) for _, start in pairs]).sum()
     sums = ranks_of_shards(parameters.values()).sum(torch.stack([moved, norms]))
     return float((sums[0] / sums[1]) ** 0.5)
+
+
+def _squared_norm(tensor: Tensor) -> Tensor:
+    # Not square().sum(): whose squares are another tensor of that size, and most of the time.
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
 
 
 @torch.no_grad()
