@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -259,14 +260,6 @@ class FisherCallback(L.Callback):
         foreign_loss = getattr(pl_module, "per_text_loss", None)
         text_loss = None if foreign_loss is None else lambda _, batch: foreign_loss(batch)
         ranks = ranks_of(trainer)
-        fisher_options: dict[str, Any] = {
-            "estimator": self.estimator,
-            "reduction": self.reduction,
-            "seed": self.seed,
-            "text_loss": text_loss,
-            "progress": shows_progress(trainer),
-            "ranks": ranks,
-        }
         data: Any = getattr(trainer, "datamodule", None)
         learning, forgetting, places = self.learning_batches, self.forget_batches, None
         if learning is None:
@@ -274,15 +267,23 @@ class FisherCallback(L.Callback):
         if forgetting is None:
             forgetting, places = scoring_batches(data, self.batch_size, ranks)
         with trainer.precision_plugin.forward_context():
+            probed = None
             if self.anchor == "probe":
                 with exchanged_weights(model, base):
                     probed = self._probe(trainer, pl_module, text_loss)
-                with exchanged_weights(model, probed):
-                    fisher = diagonal_fisher(model, learning, **fisher_options)
-            else:
-                fisher = diagonal_fisher(model, learning, **fisher_options)
+            with nullcontext() if probed is None else exchanged_weights(model, probed):
+                fisher = diagonal_fisher(
+                    model,
+                    learning,
+                    estimator=self.estimator,
+                    reduction=self.reduction,
+                    seed=self.seed,
+                    text_loss=text_loss,
+                    progress=shows_progress(trainer),
+                    ranks=ranks,
+                )
             with exchanged_weights(model, base) as current:
-                anchor = probed if self.anchor == "probe" else current
+                anchor = current if probed is None else probed
                 self.scores = forgetting_confidence(
                     model,
                     forgetting,

@@ -58,7 +58,8 @@ def relative_change(model: nn.Module, before: Mapping[str, Tensor]) -> float:
 
 def _squared_norm(tensor: Tensor) -> Tensor:
     # Not square().sum(): whose squares are another tensor of that size, and most of the time.
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    return norm.square()
 
 
 @torch.no_grad()
