@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lwf_lightning.data.batch import IGNORE_INDEX, Batch
+from lwf_lightning.data.batch import IGNORE_INDEX, Batch, padded_right
 from lwf_lightning.data.passes import take_texts, texts_of_passes
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.metrics.shared_prompts import share_prompts, shares_exactly, with_tree_mask
@@ -22,7 +22,7 @@ def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tens
     Args:
         model: Any ``transformers`` causal LM, in eval mode for exact figures.
         batch: ``input_ids``, ``attention_mask``, ``labels``, each (texts, tokens): one text per
-            example and choice, labels on the choice.
+            example and choice, labels on the choice; padded on either side.
 
     Returns:
         Sums in nats, at most 0, higher is more likely, float32 or wider; and the number of tokens
@@ -31,6 +31,7 @@ def choice_log_likelihoods(model: nn.Module, batch: Batch) -> tuple[Tensor, Tens
     Raises:
         ValueError: If no position of the batch carries a label.
     """
+    batch = padded_right(batch)
     texts, width = batch["input_ids"].shape
     shares = shares_exactly(model, width)
     rows = torch.arange(texts, device=batch["labels"].device)

@@ -40,6 +40,19 @@ def test_batch_size_and_padding_change_nothing(make_llama, make_texts):
         torch.testing.assert_close(torch.cat([a[index] for a in alone]), together[index])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_side_of_the_padding_does_not_matter(make_llama, make_texts, attention):
+    model = make_llama().eval()
+    model.set_attn_implementation(attention)  # with eager no prompts are shared
+    right = collate(make_texts(7), 0)
+    order = right["attention_mask"].argsort(dim=1, stable=True)
+    left = {name: value.gather(1, order) for name, value in right.items()}
+    for found, expected in zip(
+        choice_log_likelihoods(model, left), choice_log_likelihoods(model, right), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
 def test_prediction_with_and_without_length():
     sums = torch.tensor([-2.0, -3.0, -2.9, -9.0, -1.0, -1.0])
     counts = torch.tensor([1, 3, 2, 1, 1, 1])
