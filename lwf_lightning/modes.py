@@ -33,5 +33,9 @@ def gradient_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _drops_out(module: nn.Module) -> bool:
-    """Whether a module itself (not a child, which has its own mode) may apply dropout."""
-    return any("drop" in name and value for name, value in vars(module).items())
+    """Whether a module itself (not a child, which has its own mode) may apply dropout.
+
+    By an attribute of its own, or of its configuration, which Falcon's layers read it from.
+    """
+    settings = vars(module) | getattr(getattr(module, "config", None), "__dict__", {})
+    return any("drop" in name and value for name, value in settings.items())

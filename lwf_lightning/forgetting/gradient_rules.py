@@ -299,7 +299,10 @@ def _is_product(
     """Whether :func:`_gradient_of_product` gives the gradients; None if these cannot tell."""
     if [name for name, _ in module.named_parameters()] != ["weight"]:
         return False
-    if output.dtype != work_dtype(output) or not bool(module.get_parameter("weight").all()):
+    weight = module.get_parameter("weight")
+    if output.shape[-1:] != weight.shape:  # it stands for another dimension than the last
+        return False
+    if output.dtype != work_dtype(output) or not bool(weight.all()):
         return False
     mine, theirs = _gradient_of_product(module, output, backprop), gradients[0]
     if mine.shape != theirs.shape:

@@ -49,6 +49,17 @@ class Mixed(nn.Module):
         return (hidden * self.weight).cumsum(dim=-1) / 4
 
 
+class OfTokens(nn.Module):
+    """A vector that stands for the second dimension, as PReLU's does."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.PReLU(size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden.transpose(1, 2)).transpose(1, 2)
+
+
 class FlatNorm(nn.Module):
     """A norm that loses sight of the texts."""
 
@@ -125,3 +136,14 @@ def test_the_gradient_of_a_norm_from_its_output_only_where_that_is_right(
         oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))
     times = found.count(layer.input_layernorm)  # three batches
     assert times == {"product": 3, "one weight is 0": 0, "no product": 1, "bfloat16": 0}[kind]
+
+
+def test_a_vector_that_stands_for_another_dimension(
+    oracle: ModuleType, make_texts: Callable[..., Any]
+) -> None:
+    model, texts = oracle.make_model("llama"), make_texts(4)
+    model.model.norm = OfTokens(16)
+
+    fisher = diagonal_fisher(model, batches_of(texts, 4, oracle.PAD))
+
+    oracle.assert_near(fisher, oracle.fisher_oracle(model, texts))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import FalconConfig, FalconForCausalLM
 
 from lwf_lightning.data.batch import Batch, batches_of
 from lwf_lightning.errors import NonFiniteLossError
@@ -121,3 +122,22 @@ def test_nothing_to_do_is_an_error(oracle: ModuleType, make_texts: Callable[...,
         diagonal_fisher(model, [])
     with pytest.raises(ValueError, match="no trainable parameter"):
         diagonal_fisher(model.requires_grad_(False), batches_of(make_texts(2), 2, oracle.PAD))
+
+
+def test_dropout_that_a_layer_reads_from_its_configuration_is_off(
+    make_texts: Callable[..., Any],
+) -> None:
+    config = FalconConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        parallel_attn=False,
+        attention_dropout=0.5,
+    )
+    torch.manual_seed(0)
+    model = FalconForCausalLM(config)
+    batches = list(batches_of(make_texts(4), 2, 0))
+    torch.testing.assert_close(
+        diagonal_fisher(model.train(), batches), diagonal_fisher(model.eval(), batches)
+    )
