@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, padded_right
+from lwf_lightning.generation import unwrapped
 from lwf_lightning.named import check_name
 from lwf_lightning.packing import is_text_by_text, one_row
 
@@ -92,8 +93,12 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
             text left: its sums are 0 and so are their gradients.
 
     Raises:
-        ValueError: If no position of the batch carries a label, unless that is allowed.
+        TypeError: If the model is no causal LM whose tokens stay where they are.
+        ValueError: If padding is labelled, or no position of the batch carries a label, unless
+            that is allowed.
     """
+    _check_model(model)
+    _check_labels(batch)
     if "position_ids" not in batch:  # else texts share a prompt: columns are no positions
         batch = padded_right(batch)
     wanted, columns = labelled_columns(batch)
@@ -119,6 +124,29 @@ def labelled_tokens(model: nn.Module, batch: Batch, *, allow_none: bool = False)
     else:
         logits = model(**inputs).logits
     return LabelledTokens(logits[text, column], targets, text, len(batch["labels"]))
+
+
+def _check_model(model: Any) -> None:
+    if getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"{type(unwrapped(model)).__name__} is an encoder and a decoder: its encoder would "
+            "read the answer. Take a causal language model (AutoModelForCausalLM)"
+        )
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type != "PREFIX_TUNING":
+        raise TypeError(
+            f"{adapter.peft_type} puts tokens of its own before each text, so that labels no "
+            "longer stand beside their tokens. Take LoRA or prefix tuning"
+        )
+
+
+def _check_labels(batch: Batch) -> None:
+    mask = batch["attention_mask"]
+    if mask.ndim == 2 and bool(((mask == 0) & (batch["labels"] != IGNORE_INDEX)).any()):
+        raise ValueError(
+            f"labels stand on padding, where attention_mask is 0: set them to {IGNORE_INDEX}, as "
+            "in labels.masked_fill(attention_mask == 0, -100)"
+        )
 
 
 def per_text_loss(model: nn.Module, batch: Batch, *, reduction: Reduction = "mean") -> Tensor:

@@ -39,13 +39,18 @@ def attend_text_by_text(
         query: Shape (1, heads, tokens of all texts, width).
         key: As ``query``, with perhaps fewer heads.
         value: As ``key``.
-        attention_mask: None: transformers makes no mask for an attention of others.
+        attention_mask: None, as transformers makes no mask for an attention of others.
         text_lengths: Tokens of each text of the row, in order; all are one text without them.
         **options: What transformers' own SDPA takes.
 
     Returns:
         Shape (1, tokens of all texts, heads, width); and no weights.
+
+    Raises:
+        ValueError: If the layer has made a mask by itself, as Doge's does: it would be lost.
     """
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} adds a mask of its own to its attention")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     runs = [
@@ -174,7 +179,8 @@ def one_row(batch: Batch) -> dict[str, Any]:
     """The texts of a batch one after another, as a model that goes text by text takes them.
 
     Args:
-        batch: ``input_ids`` and ``attention_mask``, each (texts, tokens).
+        batch: ``input_ids`` and ``attention_mask``, each (texts, tokens); perhaps
+            ``position_ids``, or else each text's are counted.
 
     Returns:
         ``input_ids`` and ``position_ids``, each (1, tokens of all texts), and ``text_lengths``.
@@ -187,8 +193,9 @@ def one_row(batch: Batch) -> dict[str, Any]:
         ([[5, 6, 7, 8, 9]], [[0, 1, 0, 1, 2]], [2, 3])
     """
     held = batch["attention_mask"].bool()
+    positions = batch.get("position_ids", held.cumsum(dim=1) - 1)
     return {
         "input_ids": batch["input_ids"][held].unsqueeze(0),
-        "position_ids": (held.cumsum(dim=1) - 1)[held].unsqueeze(0),
+        "position_ids": positions[held].unsqueeze(0),
         "text_lengths": held.sum(dim=1).tolist(),
     }

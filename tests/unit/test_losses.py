@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lwf_lightning.data.batch import EncodedText, batches_of, collate
 from lwf_lightning.losses import labelled_tokens, per_text_loss
@@ -114,3 +122,31 @@ def test_an_unknown_reduction_is_refused(make_llama: Callable[..., Any]) -> None
     batch["attention_mask"] = torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="unknown reduction 'avg'; choose one of mean, sum"):
         per_text_loss(make_llama(), batch, reduction="avg")  # type: ignore[arg-type]
+
+
+def test_labels_on_padding_are_refused(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    batch = collate(make_texts(3), 0)
+    batch["labels"] = batch["input_ids"].clone()
+    with pytest.raises(ValueError, match=r"labels stand on padding.*set them to -100"):
+        labelled_tokens(make_llama(), batch)
+
+
+def test_an_encoder_and_decoder_is_refused(make_texts: Callable[..., Any]) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, **sizes))
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration is an encoder and a decoder"):
+        labelled_tokens(model, collate(make_texts(2), 0))
+
+
+def test_an_adapter_that_moves_the_tokens_is_refused(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    batch = collate(make_texts(2), 0)
+    kinds = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    prefix = get_peft_model(make_llama(), PrefixTuningConfig(**kinds))
+    assert len(labelled_tokens(prefix, batch).logits) > 0
+    prompt = get_peft_model(make_llama(), PromptTuningConfig(**kinds))
+    with pytest.raises(TypeError, match="PROMPT_TUNING puts tokens of its own before each text"):
+        labelled_tokens(prompt, batch)

@@ -327,3 +327,26 @@ def test_one_text_is_one_pass(limit: int | None, model: Any) -> None:
     batch = collate([EncodedText((5, 6, 7), (-100, 6, 7))], 0)
     with forward_passes(model, batch, limit) as passes:
         torch.testing.assert_close(passes, [batch])
+
+
+def test_a_model_that_makes_a_mask_by_itself_is_padded() -> None:
+    """Doge's is empty as long as a parameter is 0, as it is to begin with."""
+    settings = {k: v for k, v in LLAMA.items() if k != "max_position_embeddings"}
+    model = build("Doge", **settings)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.A)
+    texts = AWKWARD["unequal"]
+    with text_by_text(model, collate(texts, 0)) as is_packed:
+        assert not is_packed
+    model.zero_grad()
+    labelled_tokens(model, collate(texts, 0)).token_losses().sum().backward()
+    assert all(layer.self_attn.A.grad.abs().sum() > 0 for layer in model.model.layers)
+
+
+def test_positions_of_the_batch_are_those_of_the_row() -> None:
+    model, batch = build("Llama", **LLAMA), collate(AWKWARD["unequal"], 0)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["labels"]) * 2
+    padded = labelled_tokens(model, batch).token_losses()
+    with text_by_text(model, batch) as is_packed:
+        assert is_packed
+        torch.testing.assert_close(labelled_tokens(model, batch).token_losses(), padded)
