@@ -9,9 +9,11 @@ from lwf_lightning.objectives.base import Objective
 
 
 class InvertedHinge(Objective):
-    """Pushes each token below the runner-up and stops there (arXiv 2408.06621).
+    """Pushes each token's probability down and its runner-up's up (arXiv 2408.06621).
 
-    The mean over a text's tokens of max(0, 1 + p(y_t) - max over v != y_t of p(v)).
+    The mean over a text's tokens of 1 + p(y_t) - max over v != y_t of p(v). It is bounded, and its
+    gradient fades as the runner-up comes near certainty; it does not stop where the two change
+    places, so that what ends it is ``unlearning_ceiling``.
     """
 
     def __call__(self, tokens: LabelledTokens, reference: Tensor | None = None) -> Tensor:
@@ -21,4 +23,4 @@ class InvertedHinge(Objective):
         target = tokens.targets.unsqueeze(1)
         own = probability.gather(1, target).squeeze(1)
         runner_up = probability.scatter(1, target, 0.0).amax(dim=1)
-        return tokens.per_text((1 + own - runner_up).clamp(min=0))
+        return tokens.per_text(1 + own - runner_up)

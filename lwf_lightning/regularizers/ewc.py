@@ -18,8 +18,8 @@ class EWC(WeightPull):
     towards weights that were trained on the new task alone.
 
     Args:
-        strength: lambda of the paper, above 0. F is a mean over texts, so that the number of texts
-            is the strength at which their posterior counts once; the default is ours.
+        strength: lambda of the paper, above 0. F is a mean over texts, of the loss per token of
+            each: the gradient of a text's mean. The default is ours.
     """
 
     needs_fisher: ClassVar[bool] = True

@@ -41,6 +41,19 @@ def test_bss_is_the_sum_of_the_smallest_squared_singular_values(
     )
 
 
+def test_bss_of_float32_features_does_not_lose_small_singular_values() -> None:
+    left, _ = torch.linalg.qr(features(4, 4))
+    right, _ = torch.linalg.qr(features(6, 4))
+    values = torch.tensor([900.0, 30.0, 1.0, 0.01], dtype=torch.float64)
+    matrix = (left @ values.diag() @ right.T).float().requires_grad_()
+    penalty = BatchSpectralShrinkage(strength=1.0, count=1)(matrix)
+    penalty.backward()
+    smallest = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
+    expected = 2 * smallest.S[-1] * smallest.U[:, -1:] @ smallest.Vh[-1:]
+    torch.testing.assert_close(penalty.double(), smallest.S[-1].square(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(matrix.grad, expected.float(), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(("texts", "hidden", "count"), SIZES)
 def test_the_gradient_of_bss_equals_finite_differences(texts: int, hidden: int, count: int) -> None:
     matrix = features(texts, hidden).requires_grad_()
