@@ -46,6 +46,20 @@ def positions_of(model: Any) -> int | None:
     return positions if positions and positions > 0 else None  # XLNet's -1 stands for no limit
 
 
+def steady_positions_of(model: Any) -> int | None:
+    """Up to how many tokens a text's positions do not depend on the others of its batch.
+
+    None if they never do. With ``longrope`` (Phi-3) and ``dynamic`` all texts of a batch are read
+    by the rotary embedding of the longest.
+    """
+    config = unwrapped(model).config
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            return part.get("original_max_position_embeddings") or positions_of(model)
+    return None
+
+
 def prompt_limit(model: Any, max_new_tokens: int, max_prompt_tokens: int | None) -> int | None:
     """How many tokens a prompt may have for its answer to fit the model; None without a limit.
 

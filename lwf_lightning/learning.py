@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch, batches_of, padded_right
-from lwf_lightning.data.training import check_lengths
+from lwf_lightning.data.training import check_lengths, warn_of_unsteady
 from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.fisher import diagonal_fisher
-from lwf_lightning.forgetting.weights import trainable_parameters
-from lwf_lightning.generation import positions_of
+from lwf_lightning.forgetting.schedule import UnlearningSchedule
+from lwf_lightning.forgetting.weights import exchanged_weights, trainable_parameters
+from lwf_lightning.generation import positions_of, steady_positions_of
 from lwf_lightning.losses import labelled_tokens
-from lwf_lightning.optimization import clip_gradients, labelled_token_count
+from lwf_lightning.optimization import clip_gradients, labelled_token_count, share_moved
 from lwf_lightning.packing import forward_passes, text_by_text
 from lwf_lightning.progress import shows_progress
 from lwf_lightning.ranks import Ranks
@@ -30,7 +32,6 @@ from lwf_lightning.regularizers import (
 )
 from lwf_lightning.shards import in_step
 from lwf_lightning.token_forgetting import TokenForgetting
-from lwf_lightning.unlearning import tokens_under
 from lwf_lightning.vocabulary import check_ids
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class LearningMixin(L.LightningModule):
     base_weights: dict[str, Tensor] | None
     learning_loss: TokenForgetting | None
     regularizer: Regularizer | None
+    schedule: UnlearningSchedule
     _regularizer_fisher: dict[str, Tensor] | None = None
 
     @property
@@ -64,7 +66,24 @@ class LearningMixin(L.LightningModule):
             what = f"the learning texts of {data.learning_task}"
             check_ids(texts, self.model, data.tokenizer, what)
             check_lengths(data.learning_encoded, positions, data.learning_task, data.max_length)
+            steady = steady_positions_of(self.model)
+            warn_of_unsteady(data.learning_encoded, steady, data.learning_task, data.max_length)
+        self._warn_of_rounding()
         super().on_fit_start()
+
+    def _warn_of_rounding(self) -> None:
+        rates = {"learning_rate": self.hparams["learning_rate"]}
+        if self.schedule.unlearns:
+            scale = self.hparams["unlearning_scale"]
+            rates["learning_rate times unlearning_scale"] = rates["learning_rate"] * scale
+        for name, rate in rates.items():
+            share = share_moved(trainable_parameters(self.model).values(), rate)
+            if share < 0.5:
+                rank_zero_warn(
+                    f"a step of {name}, {rate:.3g}, moves {share:.1%} of the weights only: "
+                    "bfloat16 rounds it away in the others. Take trainer.precision bf16-mixed "
+                    "with model.init_args.dtype float32, or a higher rate"
+                )
 
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         raise NotImplementedError
@@ -133,9 +152,15 @@ class LearningMixin(L.LightningModule):
         return figures
 
     def _base_losses(self, batch: Batch, ranks: Ranks) -> Tensor:
-        """The loss of each token of the step under the base weights, by rank."""
-        tokens = tokens_under(self.model, cast(dict[str, Tensor], self.base_weights), batch)
-        return rows_of_all(tokens.token_losses(), ranks)
+        """The loss of each token of the step under the base weights, by rank.
+
+        With the dropout of the pass that follows: else its noise alone would tell tokens apart.
+        """
+        base = cast(dict[str, Tensor], self.base_weights)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), exchanged_weights(self.model, base):
+            tokens = labelled_tokens(self.model, batch, allow_none=True)
+            return rows_of_all(tokens.token_losses(), ranks)
 
     def _estimate_regularizer_fisher(self) -> None:
         """Estimates the Fisher information of the self-knowledge; the model holds theta_base."""

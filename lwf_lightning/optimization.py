@@ -103,6 +103,28 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm.float()
 
 
+@torch.no_grad()
+def share_moved(parameters: Iterable[Tensor], step: float) -> float:
+    """Share of the weights that change when so much is added: in bfloat16 rounding undoes the rest.
+
+    Args:
+        parameters: Those of one model, whole or in shards, of which this process's count.
+        step: How far an optimizer's step moves each, about its learning rate.
+
+    Returns:
+        0 to 1; 1 where all weights have at least 32 bits.
+
+    Example:
+        >>> share_moved([torch.tensor([1.0, 1e-3], dtype=torch.bfloat16)], 1e-4)
+        0.5
+    """
+    tensors = [local(p) for p in parameters]
+    if all(tensor.dtype.itemsize >= 4 for tensor in tensors):
+        return 1.0
+    moved = sum(int((tensor + step != tensor).sum()) for tensor in tensors)
+    return moved / max(1, sum(tensor.numel() for tensor in tensors))
+
+
 def build_learning_rate_schedule(
     optimizer: torch.optim.Optimizer,
     kind: LearningRateSchedule,

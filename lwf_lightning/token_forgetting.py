@@ -62,8 +62,9 @@ class TokenForgetting:
     The paper scores tokens beforehand, by what fine-tuning a reference model on other texts does
     to their loss. Here a token's quality is how much lower its loss is now than in the base model
     (ours): what training so far has taught about it. It is ranked within the step's
-    batch, over all ranks, in every step, at the price of a forward pass of the base model. As
-    long as the weights are the base model's all tokens are as good, and all are learned.
+    batch, over all ranks, in every step, at the price of a forward pass of the base model, with
+    the same dropout. As long as the weights are the base model's all tokens are as good, and all
+    are learned.
 
     Args:
         share_kept: Share of the tokens that is learned, in (0, 1]; 1 is plain fine-tuning.

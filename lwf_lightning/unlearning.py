@@ -15,7 +15,7 @@ from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.schedule import UnlearningSchedule
 from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.generation import evaluation_mode
-from lwf_lightning.losses import LabelledTokens, labelled_tokens
+from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.objectives import Objective
 from lwf_lightning.optimization import clip_gradients
 from lwf_lightning.packing import text_by_text
@@ -177,9 +177,11 @@ class UnlearningMixin(L.LightningModule):
         return self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
 
     def _reference(self, batch: Batch) -> Tensor:
-        """Summed negative log-likelihood of each text under the base weights, shape (texts,)."""
-        tokens = tokens_under(self.model, cast(dict[str, Tensor], self.base_weights), batch)
-        return tokens.per_text(tokens.token_losses(), "sum")
+        """Summed negative log-likelihood of each text under the base weights, without dropout."""
+        base = cast(dict[str, Tensor], self.base_weights)
+        with torch.no_grad(), evaluation_mode(self.model), exchanged_weights(self.model, base):
+            tokens = labelled_tokens(self.model, batch, allow_none=True)
+            return tokens.per_text(tokens.token_losses(), "sum")
 
     def _log_unlearning(self, figures: dict[str, Tensor]) -> None:
         """Logs at once: Lightning's own rhythm would miss most of these rare steps."""
@@ -188,12 +190,3 @@ class UnlearningMixin(L.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values, step=self.trainer.global_step)
         self.log("unlearn/loss", values["unlearn/loss"], prog_bar=True, logger=False)
-
-
-@torch.no_grad()
-def tokens_under(
-    model: PreTrainedModel, weights: dict[str, Tensor], batch: Batch
-) -> LabelledTokens:
-    """What the model with other weights predicts at the labelled positions, without dropout."""
-    with evaluation_mode(model), exchanged_weights(model, weights):
-        return labelled_tokens(model, batch, allow_none=True)

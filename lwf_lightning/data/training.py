@@ -58,6 +58,27 @@ def check_lengths(
         )
 
 
+def warn_of_unsteady(
+    texts: Sequence[EncodedText], steady: int | None, task: str, max_length: int
+) -> None:
+    """Warns of learning texts whose length changes how others of their batch are read.
+
+    Args:
+        texts: The learning texts.
+        steady: See :func:`~lwf_lightning.generation.steady_positions_of`.
+        task: Name of the learning task.
+        max_length: The limit that they were cut to.
+    """
+    longest = max(map(len, texts), default=0)
+    if steady is not None and longest > steady:
+        warnings.warn(
+            f"learning texts of {task} have up to {longest} tokens. Beyond {steady} the rotary "
+            "embedding of this model depends on the longest text of a batch, and so do losses, "
+            f"Fisher and scores: lower data.init_args.max_length={max_length} to {steady}",
+            stacklevel=2,
+        )
+
+
 def pooled_prompts(
     tasks: Sequence[Task], pools: Sequence[Sequence[Row]], limit: int | None, seed: int
 ) -> list[tuple[str, Example]]:

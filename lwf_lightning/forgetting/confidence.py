@@ -90,7 +90,8 @@ def forgetting_confidence(
 ) -> ForgettingConfidence:
     """Scores self-knowledge (D_self): the forgetting confidence FC of each text.
 
-    The result does not depend on how the texts are batched or padded.
+    The result does not depend on how the texts are batched or padded, but with rotary embeddings
+    that do (:func:`~lwf_lightning.generation.steady_positions_of`).
 
     Args:
         model: Any causal LM, holding theta_base.

@@ -42,7 +42,8 @@ def diagonal_fisher(
 
     It is the mean over texts of the *squared gradient of each text* (arXiv 2505.19715, step 2),
     which is not the square of a batch's mean gradient. It does not depend on how the texts are
-    batched or padded.
+    batched or padded, but with rotary embeddings that do
+    (:func:`~lwf_lightning.generation.steady_positions_of`).
 
     Args:
         model: Any causal LM, holding theta*_L.

@@ -24,6 +24,20 @@ def test_bf16_trains_and_unlearns(
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
 
 
+def test_rates_that_bf16_rounds_away_are_said(
+    make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
+) -> None:
+    trainer = make_trainer(precision="bf16-true", max_steps=1, callbacks=[make_callback()])
+    said = (
+        "a step of learning_rate times unlearning_scale, 1e-06, moves [0-9.]+% of the weights only"
+    )
+    with (
+        pytest.warns(UserWarning, match="a step of learning_rate, 1e-05, moves"),
+        pytest.warns(UserWarning, match=said),
+    ):
+        trainer.fit(make_module(learning_rate=1e-5), make_data())
+
+
 def test_under_autocast_every_step_sees_the_weights_of_the_step_before(
     make_module: Make, make_data: Make, make_trainer: Make, make_callback: Make
 ) -> None:

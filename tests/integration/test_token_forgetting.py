@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lwf_lightning import LWFModule
 from lwf_lightning.data.batch import EncodedText, collate
 from lwf_lightning.data.sampler import batch_indices
 from lwf_lightning.forgetting.weights import copy_weights
@@ -68,6 +71,33 @@ def test_equals_a_plain_loop(
     make_trainer(max_steps=5, callbacks=[recorder]).fit(module, data)
     expected = plain_loop(model_folder, data, 5)
     torch.testing.assert_close(recorder.weights, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_dropout_tells_no_tokens_apart(
+    make_data: Make, make_trainer: Make, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "dropout")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    module = LWFModule(str(folder), learning_loss="token_forgetting", schedule="never")
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def remembered(losses: Tensor, base_losses: Tensor, progress: float) -> Tensor:
+        seen.append((losses.detach(), base_losses))
+        return losses.mean()
+
+    module.learning_loss = remembered  # type: ignore[assignment]
+    make_trainer(max_steps=2).fit(module, make_data())
+    (losses, base_losses), (later, base_later) = seen
+    torch.testing.assert_close(losses, base_losses, rtol=0, atol=0)
+    assert not torch.equal(later, base_later)
+    with torch.no_grad():  # and there is dropout
+        twice = [losses_alone(module.model.train(), first_texts(module)) for _ in range(2)]
+    assert not torch.equal(*twice)
+
+
+def first_texts(module: Any) -> list[EncodedText]:
+    return list(module.trainer.datamodule.learning_encoded[:2])
 
 
 def test_beside_unlearning_and_bss_a_resumed_run_equals_an_uninterrupted_one(

@@ -8,10 +8,24 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
-from lwf_lightning.generation import _cut, eos_token_ids, evaluation_mode, generate_answers
+from lwf_lightning.data.batch import EncodedText
+from lwf_lightning.data.training import warn_of_unsteady
+from lwf_lightning.generation import (
+    _cut,
+    eos_token_ids,
+    evaluation_mode,
+    generate_answers,
+    steady_positions_of,
+)
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz ?:.\n"
@@ -268,3 +282,40 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         answers_of(make_llama(), tokenizer, **changes)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("default", None), ("longrope", 8), ("yarn", None)])
+def test_how_long_a_text_may_be_before_it_changes_how_others_are_read(
+    kind: str, expected: int | None
+) -> None:
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        rope_parameters=rope | factors | {"original_max_position_embeddings": 8},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    steady = steady_positions_of(model)
+    assert steady == expected
+    short, long = torch.arange(1, 8), torch.arange(1, 13)
+    row = torch.nn.functional.pad(short, (0, 5))
+    with torch.no_grad():
+        alone = model(short[None]).logits[0]
+        together = model(torch.stack([row, long])).logits[0, :7]
+    assert torch.allclose(alone, together, atol=1e-5) is (expected is None)
+
+
+def test_texts_beyond_that_are_warned_of() -> None:
+    texts = [EncodedText((1,) * 5, (1,) * 5), EncodedText((1,) * 9, (1,) * 9)]
+    with pytest.warns(UserWarning, match=r"qasc have up to 9 tokens.*max_length=12 to 8"):
+        warn_of_unsteady(texts, 8, "qasc", 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unsteady(texts, 9, "qasc", 12)
+        warn_of_unsteady(texts, None, "qasc", 12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lwf_lightning.optimization import build_adamw, can_fuse, clip_gradients
+from lwf_lightning.optimization import build_adamw, can_fuse, clip_gradients, share_moved
 
 
 def one_step(weight: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
@@ -55,3 +55,12 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
         weight = nn.Parameter(torch.zeros(2))
         weight.grad = torch.tensor([1.0, value])
         assert not torch.isfinite(clip_gradients([weight], 1.0))
+
+
+@pytest.mark.parametrize("step", [1e-6, 1e-4, 1e-2])
+def test_the_share_of_bfloat16_weights_that_a_step_moves(step: float) -> None:
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    spacing = 2.0 ** (weights.float().abs().log2().floor() - 7)  # eight bits, one of them hidden
+    expected = (weights.float() + step - weights.float() >= spacing / 2).float().mean()
+    assert share_moved([weights], step) == pytest.approx(float(expected), abs=5e-3)
+    assert share_moved([weights.float()], step) == 1.0
