@@ -46,7 +46,7 @@ def relative_change(model: nn.Module, before: Mapping[str, Tensor]) -> float:
     """How far the trainable weights have moved, as a share of their norm before.
 
     Returns:
-        Norm of the difference over the norm of ``before``: 0 to inf, in float32.
+        Norm of the difference over the norm of ``before``: 0 to inf, in float32 or wider.
     """
     parameters = trainable_parameters(model)
     pairs = [(local(p), local(before[name])) for name, p in parameters.items()]
@@ -58,7 +58,8 @@ def relative_change(model: nn.Module, before: Mapping[str, Tensor]) -> float:
 
 def _squared_norm(tensor: Tensor) -> Tensor:
     # Not square().sum(): whose squares are another tensor of that size, and most of the time.
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
     return norm.square()
 
 

@@ -37,14 +37,18 @@ def test_exchange_swaps_and_swaps_back_without_copying(make_llama: Callable[...,
         torch.testing.assert_close(theirs[name], expected[name], rtol=0, atol=0)
 
 
-def test_the_change_of_weights_is_measured_and_put_back(make_llama: Callable[..., Any]) -> None:
-    model = make_llama(seed=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_change_of_weights_is_measured_and_put_back(
+    make_llama: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    model = make_llama(seed=0).to(dtype)
     before = copy_weights(model)
     assert relative_change(model, before) == 0.0
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.25)
-    assert relative_change(model, before) == pytest.approx(0.25, rel=1e-5)
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert relative_change(model, before) == pytest.approx(0.25, rel=rounding)
     put_back(model, before)
     torch.testing.assert_close(copy_weights(model), before, rtol=0, atol=0)
 
