@@ -40,13 +40,16 @@ def test_a_question_is_answered(
     monkeypatch.setattr(ascent, "arms", lambda *given: dict([*every(*given).items()][:2]))
     asked = [question, "--config", str(config), "--output", str(tmp_path / "out"), "--seed", "3"]
     main([*asked, "--set", "data.learning_texts=20"])
-    folder = tmp_path / "out" / f"{question}-tiny"
+    (written,) = (tmp_path / "out" / f"{question}-tiny").rglob("answer.md")
+    folder = written.parent
+    assert folder.parent.name == f"{question}-tiny"  # that of the configuration as it is stays free
     table = (folder / "answer.md").read_text()
     assert table in capsys.readouterr().out
     record = json.loads((folder / "answer.json").read_text())
-    assert record["seed"] == 3
+    assert (record["seed"], record["set"]) == (3, ["data.learning_texts=20"])
     assert record["versions"]["torch"]
     assert (folder / "answer.png").read_bytes().startswith(b"\x89PNG")
+    folder = folder.parent
     if question == "ascent":  # finished runs are not repeated
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.csv")}
         main([*asked, "--set", "data.learning_texts=20"])

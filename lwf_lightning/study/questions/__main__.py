@@ -4,7 +4,8 @@ r"""Answers a question about the method on the model and the tasks of a configur
     python -m lwf_lightning.study.questions self_knowledge --config configs/smollm2_qasc.yaml \
         --set data.data_dir=../shared/data data.forgetting_prompts=48
 
-It writes answer.md, answer.png and answer.json into <output>/<question>-<configuration>.
+It writes answer.md, answer.png and answer.json into <output>/<question>-<configuration>, or, with
+another seed or changes, into a folder of their own in it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from lwf_lightning.cli_errors import clear_errors
+from lwf_lightning.study.matrix import digest_of
 from lwf_lightning.study.questions import ascent, fisher, self_knowledge
 from lwf_lightning.study.questions.answer import Answer
 from lwf_lightning.study.questions.ground import Ground, load_ground
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ground = load_ground(options.config, read_changes(options.set, options.seed))
         folder = options.output / f"{options.question}-{options.config.stem}"
         answer = QUESTIONS[options.question](ground, options.seed, folder)
-        answer.save(folder, {"question": options.question, "seed": options.seed})
+        if options.set or options.seed:
+            folder /= digest_of([options.seed, sorted(options.set)])
+        how = {"question": options.question, "seed": options.seed, "set": options.set}
+        answer.save(folder, how)
     console.print(answer.markdown(), soft_wrap=True, highlight=False, markup=False)
     console.print(f"Written: {folder}/answer.md, .png, .json", soft_wrap=True)
 

@@ -284,15 +284,18 @@ def _told(
             "estimator",
             "learning texts",
             "rank correlation with full, true",
-            "with the method's own",
+            "with the reference",
             "among draws",
-            f"top {100 * rate:.0f} % shared with the method's own",
+            f"top {100 * rate:.3g} % shared with the reference",
             "area under ROC, outdated",
         ),
         rows=rows,
         note=f"Confidence of {len(texts)} self-generated texts at the automatic alpha. Rank "
-        f"correlation: Spearman's, -1 to 1. The method's own: diagonal, empirical, {most} texts. "
-        f"Rows with a figure among draws are means over {DRAWS} orders of the learning texts; "
+        f"correlation: Spearman's, -1 to 1. The reference: what the method estimates, diagonal and "
+        f"empirical, of the first order's first {most} texts (fisher_texts of a run: "
+        f"{ground.callback.fisher_texts}). Rows with a figure among draws are means over {DRAWS} "
+        "orders of the learning texts, the reference's own among them, and where a draw is all "
+        "learning texts they are the same ones; "
         f"true labels are drawn {LABEL_DRAWS} times per text in the first rows, once in these.",
         data={"rows": data},
         figure=draw(data),
@@ -326,7 +329,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
         own = [row for row in rows if row["draws"] > 1 and row["estimator"] == estimator]
         sizes = [row["texts"] for row in own]
         for figure_name, style in (("with_own", "o-"), ("among_draws", "s--")):
-            told = "with the method's own" if figure_name == "with_own" else "among draws"
+            told = "with the reference" if figure_name == "with_own" else "among draws"
             values = [row[figure_name] for row in own]
             axes[-1].plot(
                 sizes, values, style, color=colour, label=f"{estimator}, {told}", clip_on=False

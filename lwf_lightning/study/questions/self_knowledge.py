@@ -86,7 +86,7 @@ def ngram_distance(
 ) -> float:
     """Total variation distance between the n-grams of two sets of texts: 0 same, 1 none shared.
 
-    Small sets differ by chance: compare with the distance between two halves of one set.
+    Small sets differ by chance.
 
     Args:
         first: Texts as tokens or words.
@@ -192,7 +192,7 @@ def answer(ground: Ground, seed: int, folder: Path) -> Answer:
         "(empty; different ones). NLL: of the answer under the base model, nats per token; "
         "distance: total variation between the words (pairs of words) of all answers and of the "
         "gold ones, 0 to 1, lower is nearer. The row gold compares a random half of the gold "
-        "answers with the other: a distance like that is chance.",
+        "answers with the other: half as many texts, to other prompts, so that it is no floor.",
         data=data,
         figure=draw(found),
     )
