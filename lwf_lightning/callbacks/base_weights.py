@@ -35,10 +35,14 @@ class BaseWeights:
             self._hook.remove()
             self._hook = None
 
-    def placed(self, module: Any) -> dict[str, Tensor]:
-        """The weights, where and as the strategy has the module's when training begins."""
+    def keep(self, module: Any) -> None:
+        """Says that the module is ready: what is loaded from now on is no base."""
         if self._hook is not None:  # no checkpoint was restored
             self._copy(module)
             self.restored()
+
+    def placed(self, module: Any) -> dict[str, Tensor]:
+        """The weights, where and as the strategy has the module's when training begins."""
+        self.keep(module)
         parameters = trainable_parameters(module.model)
         return {name: self._weights[name].to(p) for name, p in parameters.items()}

@@ -22,6 +22,7 @@ from lwf_lightning.callbacks.refresh_report import (
     read_tensors,
     write_tensors,
 )
+from lwf_lightning.callbacks.refresh_timing import warn_if_late
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import ranks_of
 from lwf_lightning.forgetting.anchor import probe_anchor
@@ -38,7 +39,6 @@ from lwf_lightning.forgetting.weights import exchanged_weights, trainable_parame
 from lwf_lightning.losses import Reduction
 from lwf_lightning.module import LWFModule
 from lwf_lightning.progress import shows_progress
-from lwf_lightning.run_length import learning_steps
 
 
 class FisherCallback(L.Callback):
@@ -189,6 +189,13 @@ class FisherCallback(L.Callback):
         if self._foreign_base is not None:
             self._foreign_base.restored()
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the base weights from Lightning's finders, which save, train and load."""
+        if self._foreign_base is not None:  # not begun: finders come before the other callbacks
+            self._foreign_base.keep(pl_module)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks timing and data, and says how much memory Fisher and anchor will take."""
         if _is_plain(pl_module):
@@ -210,7 +217,9 @@ class FisherCallback(L.Callback):
                 "FisherCallback needs `learning_batches` and `forget_batches` with a "
                 f"{type(pl_module).__name__}"
             )
-        self._warn_if_late(trainer, pl_module)
+        is_own_timing = type(self).should_refresh is not FisherCallback.should_refresh
+        if self.refresh_interval is not None and self.scores is None and not is_own_timing:
+            warn_if_late(trainer, pl_module, self.refresh_interval)
         has_own_loss = hasattr(pl_module, "per_text_loss")
         if self.probe_folder and (has_own_loss or not isinstance(pl_module, LWFModule)):
             raise ValueError(
@@ -224,23 +233,6 @@ class FisherCallback(L.Callback):
         ranks_of(trainer).copy_first((self._base_weights or {}).values())
         saved = self.save_tensors and not trainer.fast_dev_run  # type: ignore[attr-defined]
         rank_zero_info(f"FisherCallback: {memory_of_refresh(parameters, saved)}")
-
-    def _warn_if_late(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        first, steps = self.refresh_interval, learning_steps(trainer)
-        is_own_timing = type(self).should_refresh is not FisherCallback.should_refresh
-        if first is None or steps is None or self.scores is not None or is_own_timing:
-            return
-        if isinstance(pl_module, LWFModule):
-            unlearns = pl_module.schedule.unlearns_between
-            is_late = unlearns(0, steps) and not unlearns(first, steps)
-        else:
-            is_late = first >= steps
-        if is_late:
-            rank_zero_warn(
-                f"nothing will be forgotten: with FisherCallback's refresh_interval {first} the "
-                f"first texts are chosen before step {first} (counted from 0), and the run has "
-                f"{steps} learning steps. Lower refresh_interval, or take anchor 'probe'"
-            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -48,7 +50,13 @@ class Foreign(L.LightningModule):
 def fit(
     module: L.LightningModule, batches: Any, steps: int, *callbacks: L.Callback, **options: Any
 ) -> L.Trainer:
-    trainer = L.Trainer(
+    trainer = plain_trainer(steps, *callbacks, root=options.pop("root", None))
+    trainer.fit(module, DataLoader(batches, batch_size=None), **options)
+    return trainer
+
+
+def plain_trainer(steps: int, *callbacks: L.Callback, root: Path | None = None) -> L.Trainer:
+    return L.Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=False,
@@ -56,10 +64,8 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        default_root_dir=options.pop("root", None),
+        default_root_dir=root,
     )
-    trainer.fit(module, DataLoader(batches, batch_size=None), **options)
-    return trainer
 
 
 def test_online_refreshes_in_a_foreign_module(
@@ -277,3 +283,42 @@ def test_the_base_weights_are_those_before_training_however_late_the_module_is_r
     run(2).save_checkpoint(tmp_path / "resumed.ckpt")
     run(4, ckpt_path=tmp_path / "resumed.ckpt")
     torch.testing.assert_close(found[2].confidence, found[0].confidence)
+
+
+def lr_finder() -> LearningRateFinder:
+    return LearningRateFinder(num_training_steps=3, update_attr=False)
+
+
+def batch_size_finder() -> BatchSizeFinder:
+    return BatchSizeFinder(steps_per_trial=2, max_trials=1)
+
+
+@pytest.mark.parametrize("finder", [lr_finder, batch_size_finder])
+def test_the_base_weights_are_those_before_a_finder_has_trained(
+    finder: Callable[[], L.Callback],
+    make_llama: Callable[..., Any],
+    make_texts: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    learn = list(batches_of(make_texts(12, seed=1), 3, 0))
+    base = copy_weights(make_llama())
+    data = L.LightningDataModule()
+    data.batch_size = 1
+    data.train_dataloader = lambda: DataLoader(learn, batch_size=None)
+
+    def run(steps: int, *others: L.Callback, ckpt_path: Path | None = None) -> L.Trainer:
+        callback = FisherCallback(
+            "online", 2, learning_batches=learn, forget_batches=learn, save_tensors=False
+        )
+        module = Foreign(make_llama())
+        trainer = plain_trainer(steps, callback, *others, root=tmp_path)
+        if not others and ckpt_path is None:  # that of a fit comes after one for the finder alone
+            Tuner(trainer).lr_find(module, datamodule=data, num_training=3, update_attr=False)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        torch.testing.assert_close(callback._base_weights, base, rtol=0, atol=0)
+        assert not module._load_state_dict_pre_hooks
+        return trainer
+
+    run(2).save_checkpoint(tmp_path / "resumed.ckpt")
+    run(3, finder())
+    run(4, finder(), ckpt_path=tmp_path / "resumed.ckpt")
