@@ -56,8 +56,8 @@ class FisherCallback(L.Callback):
             short plain fine-tuning before the first learning step (the paper's two-stage
             reading). ``online``: the current weights at each refresh (ours); nothing is
             unlearned before the first one.
-        refresh_interval: Learning steps between refreshes. Needed with ``online``; a probe does
-            not change, so with ``probe`` there is one refresh at the start and no interval.
+        refresh_interval: Steps between refreshes, as ``global_step`` counts: learning steps, in
+            another project those of its optimizers. For ``online``; a probe does not change.
         estimator: ``empirical`` Fisher takes the gold answers, ``true`` samples answers from the
             model.
         fisher_texts: Texts of the learning task behind the Fisher estimate, at least 1.
@@ -142,6 +142,7 @@ class FisherCallback(L.Callback):
         self.scores: ForgettingConfidence | None = None
         self.forget_set: list[int] | None = None
         self.refreshed_at = -1
+        self._asked_at: int | None = None  # the step before which it was last considered
         self.tensors_file: str | None = None
         self._base_weights: dict[str, Tensor] | None = None
         self._foreign_base: BaseWeights | None = None
@@ -157,11 +158,13 @@ class FisherCallback(L.Callback):
         """Whether to refresh before a learning step; override it for another timing.
 
         Args:
-            step: Learning steps done so far.
+            step: Learning steps done so far, ``trainer.global_step``.
         """
         if self.refresh_interval is None:
             return self.refreshed_at < 0
-        return step > 0 and step % self.refresh_interval == 0
+        # A batch for which several optimizers step may jump over the multiple itself.
+        before = step - 1 if self._asked_at is None else self._asked_at
+        return step // self.refresh_interval > max(before, 0) // self.refresh_interval
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets an earlier fit, before a checkpoint is restored.
@@ -173,6 +176,7 @@ class FisherCallback(L.Callback):
             return
         self.scores = self.forget_set = self.tensors_file = None
         self.refreshed_at = -1
+        self._asked_at = None
         self._base_weights = self._foreign_base = None
         if not isinstance(pl_module, LWFModule):
             if not isinstance(getattr(pl_module, "model", None), torch.nn.Module):
@@ -239,9 +243,11 @@ class FisherCallback(L.Callback):
     ) -> None:
         """Refreshes if it is time."""
         step = trainer.global_step
-        if _is_plain(pl_module) or step == self.refreshed_at or not self.should_refresh(step):
+        if _is_plain(pl_module):
             return
-        self.refresh(trainer, pl_module)
+        if step != self.refreshed_at and self.should_refresh(step):
+            self.refresh(trainer, pl_module)
+        self._asked_at = step
 
     def refresh(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Estimates Fisher and anchor, scores the self-knowledge and selects the forget set."""
@@ -375,6 +381,7 @@ class FisherCallback(L.Callback):
             },
             "forget_set": self.forget_set,
             "refreshed_at": self.refreshed_at,
+            "asked_at": self._asked_at,
             "tensors_file": self.tensors_file,
         }
 
@@ -386,6 +393,7 @@ class FisherCallback(L.Callback):
         self.scores = None if scores is None else ForgettingConfidence(**scores)
         self.forget_set = state_dict["forget_set"]
         self.refreshed_at = state_dict["refreshed_at"]
+        self._asked_at = state_dict.get("asked_at")  # which checkpoints of before lack
         self.tensors_file = state_dict["tensors_file"]
         if self.tensors_file is not None and not Path(self.tensors_file).exists():
             rank_zero_warn(

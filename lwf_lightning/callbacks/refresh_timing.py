@@ -18,6 +18,9 @@ def warn_if_late(trainer: L.Trainer, pl_module: L.LightningModule, first: int) -
         first: The learning step before which the first refresh comes.
     """
     steps = learning_steps(trainer)
+    if not isinstance(pl_module, LWFModule) and not pl_module.automatic_optimization:
+        # How many steps its optimizers take for a batch, nobody knows.
+        steps = None if trainer.max_steps == -1 else trainer.max_steps
     if steps is None:
         return
     if isinstance(pl_module, LWFModule):

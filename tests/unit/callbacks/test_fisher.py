@@ -64,6 +64,7 @@ def plain_trainer(steps: int, *callbacks: L.Callback, root: Path | None = None) 
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        max_epochs=1 if steps == -1 else None,
         default_root_dir=root,
     )
 
@@ -169,6 +170,54 @@ def test_should_refresh_may_be_overridden(
     assert seen == [0, 2]
     assert callback.scores is not None
     assert math.isfinite(callback.scores.alpha)
+
+
+class Manual(Foreign):
+    """Takes three optimizer steps for each batch but the first, for which it takes two."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        for _ in range(3 if batch_idx else 2):
+            optimizer.zero_grad()
+            self.manual_backward(self.per_text_loss(batch).mean())
+            optimizer.step()
+
+
+def test_no_refresh_is_missed_where_a_batch_takes_several_steps(
+    make_llama: Callable[..., Any],
+    make_texts: Callable[..., Any],
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    class Kept(FisherCallback):
+        def refresh(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            super().refresh(trainer, pl_module)
+            refreshed.append(trainer.global_step)
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    learn = list(batches_of(make_texts(18, seed=1), 3, 0))
+
+    def refreshes(steps: int, interval: int, **options: Any) -> list[int]:
+        refreshed.clear()
+        callback = Kept(
+            "online", interval, learning_batches=learn, forget_batches=learn, save_tensors=False
+        )
+        fit(Manual(make_llama()), learn, steps, callback, root=tmp_path, **options)
+        return list(refreshed)
+
+    refreshed: list[int] = []
+    # the batches begin at 0, 2, 5, 8, 11 and 14
+    assert refreshes(-1, 3) == [5, 8, 11, 14]
+    assert refreshes(-1, 6) == [8, 14]
+    assert refreshes(-1, 6, ckpt_path=tmp_path / "8.ckpt") == [14]
+    assert refreshes(-1, 13) == [14]
+    assert not [w for w in recwarn if "nothing will be forgotten: with" in str(w.message)]
+    with pytest.warns(UserWarning, match="nothing will be forgotten: with"):
+        assert refreshes(5, 5) == []
 
 
 def test_a_refresh_after_the_end_is_warned_of_unless_the_timing_is_your_own(
