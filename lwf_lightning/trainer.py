@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import Strategy
@@ -166,6 +166,11 @@ class LWFTrainer(L.Trainer):
         if self.fast_dev_run:  # type: ignore[attr-defined]
             return None
         return str(self.strategy.broadcast(str(self.run_folder)))
+
+    @property
+    def checkpoint_callbacks(self) -> list[Checkpoint]:
+        """Lightning takes ``best`` from the first; StepCheckpoint knows only the last."""
+        return sorted(super().checkpoint_callbacks, key=lambda c: isinstance(c, StepCheckpoint))
 
     def elicit(
         self,

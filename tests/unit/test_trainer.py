@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lwf_lightning.callbacks import ValidateFirst
+from lwf_lightning.callbacks import StepCheckpoint, ValidateFirst
 from lwf_lightning.trainer import LWFTrainer
 
 Make = Callable[..., Any]
@@ -90,3 +91,24 @@ def test_a_trainer_that_has_scored_or_elicited_fits_as_a_new_one_does(
     more = trainer()
     more.score(make_module(), make_data(), ckpt_path=last, output=str(tmp_path / "rows.jsonl"))
     assert table(more) == fresh
+
+
+@pytest.mark.parametrize("order", ["before", "behind", "of the module"])
+def test_best_is_what_model_checkpoint_has_chosen_wherever_it_stands(
+    order: str,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    best = ModelCheckpoint(dirpath=tmp_path / "best", every_n_train_steps=2)
+    given = {"before": [best, StepCheckpoint()], "behind": [StepCheckpoint(), best]}
+    trainer = make_trainer(max_steps=3, limit_val_batches=1, callbacks=given.get(order))
+    module, data = make_module(schedule="never"), make_data()
+    if order == "of the module":
+        monkeypatch.setattr(module, "configure_callbacks", lambda: [best])
+    trainer.fit(module, data)
+    trainer.validate(module, data, ckpt_path="best", verbose=False)
+    assert trainer.ckpt_path == best.best_model_path
+    assert "step=2" in best.best_model_path
