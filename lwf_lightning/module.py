@@ -53,6 +53,7 @@ from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.regularizers import RegularizerName, WeightPull, build_regularizer
 from lwf_lightning.shards import mesh_of, sharded_like
 from lwf_lightning.token_forgetting import LearningLossName, build_learning_loss
+from lwf_lightning.trainer_checks import check_trainer
 from lwf_lightning.unlearning import UnlearningGuard, UnlearningMixin
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
     def setup(self, stage: str) -> None:
         """Starts to count anew for a fit; a checkpoint is restored after this."""
         if stage == "fit":
+            check_trainer(self.trainer)
             self.unlearning_steps = 0
             self.skipped_steps = 0
             self._unlearned_before = -1

@@ -37,12 +37,7 @@ from lwf_lightning.module import LWFModule
 from lwf_lightning.results_table import print_results
 from lwf_lightning.resumption import CheckpointConnector, SignalConnector, StepLoop
 from lwf_lightning.runs import require_checkpoint
-
-_INSTEAD = {  # Lightning's flag: its default, and what does the same here
-    "accumulate_grad_batches": (1, "model.init_args.tokens_per_pass, which cuts a step's batch"),
-    "gradient_clip_val": (None, "model.init_args.max_grad_norm"),
-    "overfit_batches": (0, "data.init_args.learning_texts to as many texts as those batches hold"),
-}
+from lwf_lightning.trainer_checks import check_flags
 
 
 class _Elicit(L.Callback):
@@ -111,9 +106,7 @@ class LWFTrainer(L.Trainer):
         sizes = [kwargs.get(name) for name in ("devices", "num_nodes")]
         check_strategy_flag(strategy, prod(size for size in sizes if isinstance(size, int)))
         check_precision_flag(kwargs.get("precision"))
-        for flag, (default, instead) in _INSTEAD.items():
-            if kwargs.get(flag) not in (None, default):
-                raise ValueError(f"trainer.{flag} is of no use here: set {instead}")
+        check_flags(kwargs)
         if kwargs.get("barebones"):  # nothing is added; Lightning refuses what is asked for
             logger = False if logger is None or logger is True else logger
             enable_progress_bar = bool(enable_progress_bar)

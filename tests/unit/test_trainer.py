@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 
 from lwf_lightning.callbacks import StepCheckpoint, ValidateFirst
 from lwf_lightning.trainer import LWFTrainer
@@ -112,3 +113,41 @@ def test_best_is_what_model_checkpoint_has_chosen_wherever_it_stands(
     trainer.validate(module, data, ckpt_path="best", verbose=False)
     assert trainer.ckpt_path == best.best_model_path
     assert "step=2" in best.best_model_path
+
+
+@pytest.mark.parametrize("schedule", ["never", "periodic"])
+@pytest.mark.parametrize("by_tuner", [True, False])
+@pytest.mark.parametrize(
+    ("finder", "method", "instead"),
+    [
+        (LearningRateFinder, "lr_find", r"model\.init_args\.learning_rate"),
+        (BatchSizeFinder, "scale_batch_size", r"model\.init_args\.tokens_per_pass"),
+    ],
+)
+def test_lightnings_finders_are_refused_by_name(
+    finder: Callable[[], Any],
+    method: str,
+    instead: str,
+    by_tuner: bool,
+    schedule: str,
+    make_module: Make,
+    make_data: Make,
+    make_trainer: Make,
+    make_callback: Make,
+) -> None:
+    trainer = make_trainer(callbacks=[make_callback(), *([] if by_tuner else [finder()])])
+    begin = getattr(Tuner(trainer), method) if by_tuner else trainer.fit
+    with pytest.raises(ValueError, match=rf"{finder.__name__} \(Tuner\.{method}\) .*{instead}"):
+        begin(make_module(schedule=schedule), datamodule=make_data())
+
+
+def test_a_finder_of_ones_own_may_begin_outside_a_fit(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    class Later(BatchSizeFinder):
+        def on_fit_start(self, *_: Any) -> None:
+            pass
+
+    trainer = make_trainer(max_steps=1, callbacks=[Later()])
+    trainer.fit(make_module(schedule="never"), make_data())
+    assert trainer.global_step == 1
