@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import tensor
 
 from lwf_lightning.files import remove_leftovers
@@ -46,9 +46,16 @@ class StepCheckpoint(Checkpoint):
         self._limits: list[Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds the run folder."""
+        """Finds the run folder; warns where nobody will tell when a step is done."""
         if stage != "fit":
             return
+        if not hasattr(trainer, "run_folder"):  # LWFTrainer's; it imports this module
+            rank_zero_warn(
+                f"StepCheckpoint will save at the end only, not every {self.every_n_steps} steps: "
+                f"{type(trainer).__name__} does not tell it when a step is done. Take "
+                "lwf_lightning.LWFTrainer, or "
+                f"ModelCheckpoint(every_n_train_steps={self.every_n_steps}) beside it"
+            )
         self._folder = folder_of(trainer) or Path()
         _check_names(trainer, self._folder / "checkpoints")
         self._saved_at = 0
