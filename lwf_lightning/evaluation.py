@@ -133,11 +133,16 @@ class EvaluationMixin(L.LightningModule):
         self._losses: dict[int, Tensor] = {}
 
     def _check_batch(self, batch: object) -> None:
-        if not (isinstance(batch, EvalBatch) and isinstance(self._data, EvaluationDataMixin)):
+        if not isinstance(batch, EvalBatch):
             raise TypeError(
                 f"LWFModule expects an EvalBatch of LWFDataModule, got {type(batch).__name__}: "
                 "give datamodule=LWFDataModule(...) in place of loaders of your own, or override "
                 "validation_step, test_step and predict_step"
+            )
+        if not isinstance(self._data, EvaluationDataMixin):
+            raise TypeError(
+                "LWFModule cannot evaluate an EvalBatch without the LWFDataModule that made it, "
+                "which knows its tasks: give datamodule= in place of its loaders"
             )
 
     def _count(self, batch: EvalBatch, loader: int) -> None:

@@ -167,7 +167,10 @@ class AscentGuard(L.Callback):
         if stage != "fit":
             return
         if not isinstance(pl_module, LWFModule):
-            raise TypeError(f"AscentGuard guards an LWFModule, not a {type(pl_module).__name__}")
+            raise TypeError(
+                f"AscentGuard guards an LWFModule, not a {type(pl_module).__name__}: leave it out; "
+                "LWFTrainer adds one unless ascent_guard=False (--trainer.ascent_guard false)"
+            )
         self.state = GuardState()
         self._burst = -1
         guards = pl_module.schedule.unlearns and pl_module.objective.ascends

@@ -237,8 +237,10 @@ def test_a_module_of_ones_own_is_validated_beside_it(make_trainer: Make) -> None
 def test_bad_values_and_other_modules_are_refused(make_trainer: Make) -> None:
     with pytest.raises(ValueError, match=r"AscentGuard.watched_texts must be at least 1, got 0"):
         AscentGuard(watched_texts=0)
-    with pytest.raises(TypeError, match="AscentGuard guards an LWFModule, not a BoringModel"):
+    message = r"AscentGuard guards an LWFModule, not a BoringModel: .*--trainer\.ascent_guard false"
+    with pytest.raises(TypeError, match=message):
         make_trainer().fit(BoringModel())
+    make_trainer(ascent_guard=False, max_steps=1).fit(BoringModel())
 
 
 @pytest.mark.slow

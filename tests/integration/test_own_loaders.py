@@ -29,6 +29,16 @@ def test_batches_that_are_none_of_the_datamodules_are_refused_by_name(
         getattr(trainer, stage)(make_module(schedule="never"), *loaders)
 
 
+def test_the_loaders_of_a_datamodule_without_it_are_refused(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    module, data = make_module(schedule="never"), make_data()
+    data.tokenizer = module.tokenizer
+    data.setup("fit")
+    with pytest.raises(TypeError, match=r"without the LWFDataModule .*: give datamodule= in place"):
+        make_trainer(limit_val_batches=1).validate(module, data.val_dataloader())
+
+
 class Evaluates(LWFModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("val/texts", float(len(batch["input_ids"])))
