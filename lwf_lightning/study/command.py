@@ -29,6 +29,12 @@ from lwf_lightning.study.pooled import pool
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.summary import summarize
 from lwf_lightning.study.tables import markdown
+from lwf_lightning.study.validated import (
+    Validated,
+    by_configuration,
+    check_validations,
+    told_of_untrained,
+)
 from lwf_lightning.study.workers import check_counts, perform_all, perform_once, results_file
 
 _IN_WORDS = {
@@ -93,6 +99,7 @@ def _act(study: Study, options: Any) -> None:
         return
     failed = 0
     if not options.report:
+        _tell(check_validations(by_configuration(missing_runs(study))), console)
         failed = _perform_missing(study, options.workers, options.threads, console)
     report(study, console)
     if failed:
@@ -105,6 +112,7 @@ def report(study: Study, console: Console) -> None:
     records = with_found_figures(study, asked_for(study, recorded))
     if others := len(recorded) - len(records):
         console.print(f"{others} records that the study no longer asks for are left out.")
+    _tell(told_of_untrained(study, records), console)
     lines = summarize(study, records)
     missing = what_is_missing(study, recorded)
     if not lines:
@@ -170,9 +178,15 @@ def _check(study: Study, flops: float, data_dir: str | None, console: Console) -
     if not runs:
         raise ValueError("--check: every run of this study is recorded already")
     checked = list(track(check(study, runs, data_dir), "Checking", len(runs), console=console))
-    for line in [*table(study, checked, flops), "", *summary(checked, flops)]:
-        console.print(line, highlight=False, soft_wrap=True)
+    lengths = (Validated(c.run, c.expected.steps, c.expected.validated) for c in checked)
+    _tell(check_validations(lengths), console)
+    _tell([*table(study, checked, flops), "", *summary(checked, flops)], console)
     _tell_awaited(study, console)
+
+
+def _tell(lines: Iterable[str], console: Console) -> None:
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _tell_awaited(study: Study, console: Console) -> None:
@@ -187,6 +201,7 @@ def _tell_awaited(study: Study, console: Console) -> None:
 def _perform_named(study: Study, name: str, console: Console) -> None:
     for run in missing_runs(study):
         if run.identity == name:
+            _tell(check_validations(by_configuration([run])), console)
             outcome = perform_once(study, run)
             console.print(_IN_WORDS.get(outcome, outcome), soft_wrap=True)
             if outcome.startswith("failed"):

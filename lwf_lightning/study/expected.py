@@ -17,7 +17,7 @@ from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.estimate import meta_model, predict
 from lwf_lightning.memory import highest
 from lwf_lightning.study.architectures import known_config
-from lwf_lightning.study.length import steps_of, validations_of
+from lwf_lightning.study.length import last_validation_of, steps_of, validations_of
 from lwf_lightning.study.matrix import digest_of
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Expected:
 
     Attributes:
         steps: Learning steps.
+        validated: How many it has taken when it validates last.
         work: What it computes, self-generation left out.
         elicitation: Self-generation, which runs with the same prompts share through the cache.
         pool: What is elicited: a mark of model, prompts and length of answers; empty without
@@ -77,6 +78,7 @@ class Expected:
     """
 
     steps: int
+    validated: int
     work: Work
     elicitation: Work
     pool: str
@@ -137,9 +139,10 @@ def expected(
         data.tokenizer = cast(Any, RoughTokenizer())
     found = predict(cast("L.Trainer", _planned(settings)), module, data, model=model)
     top = highest(found.phases)
-    steps, work, elicitation = _work(module, data, settings)
+    steps, validated, work, elicitation = _work(module, data, settings)
     return Expected(
         steps=steps,
+        validated=validated,
         work=work,
         elicitation=elicitation,
         pool=_pool(module, data) if module.schedule.unlearns else "",
@@ -166,8 +169,8 @@ def _planned(settings: Mapping[str, Any]) -> SimpleNamespace:
 
 def _work(
     module: LWFModule, data: LWFDataModule, settings: Mapping[str, Any]
-) -> tuple[int, Work, Work]:
-    """Learning steps, the work of the run, and that of self-generation."""
+) -> tuple[int, int, Work, Work]:
+    """Learning steps, those before the last validation, the work, and that of self-generation."""
     callbacks = settings["callbacks"] or []
     texts = [len(text) for text in data.learning_encoded]
     batches = -(-len(texts) // data.batch_size)
@@ -207,7 +210,7 @@ def _work(
         read=validations * validation.read + test.read,
         decoded=validations * validation.decoded + test.decoded,
     )
-    return steps, work, elicitation
+    return steps, last_validation_of(settings, batches, steps), work, elicitation
 
 
 def _pool(module: LWFModule, data: LWFDataModule) -> str:

@@ -43,14 +43,41 @@ def validations_of(settings: Mapping[str, Any], batches: int, steps: int) -> int
         >>> validations_of({"val_check_interval": 0.5, "check_val_every_n_epoch": 1}, 6, steps=16)
         5
     """
-    interval = settings["val_check_interval"]
-    if interval is None:
-        interval = 1.0
-    if isinstance(interval, float):  # a share of an epoch
-        interval = max(1, int(batches * interval))
-    every = settings["check_val_every_n_epoch"]
+    interval, every = _interval_of(settings, batches), settings["check_val_every_n_epoch"]
     if every is None:
-        return int(steps // interval)
+        return steps // interval
     whole, rest = divmod(steps, batches)
     begun = rest // interval if (whole + 1) % every == 0 else 0
     return int(whole // every * (batches // interval) + begun)
+
+
+def last_validation_of(settings: Mapping[str, Any], batches: int, steps: int) -> int:
+    """The learning steps that a run has taken when it validates last; 0 if it never does.
+
+    Lightning adds no validation at the end of a run.
+
+    Args:
+        settings: The ``trainer`` configuration.
+        batches: Batches of an epoch.
+        steps: Steps of the run.
+
+    Example:
+        >>> last_validation_of({"val_check_interval": 5, "check_val_every_n_epoch": None}, 6, 16)
+        15
+    """
+    interval, every = _interval_of(settings, batches), settings["check_val_every_n_epoch"]
+    if every is None:
+        return steps // interval * interval
+    whole, rest = divmod(steps, batches)
+    if (whole + 1) % every == 0 and rest >= interval:
+        return int(whole * batches + rest // interval * interval)
+    epochs = whole // every * every  # the last one of them validates
+    return (epochs - 1) * batches + batches // interval * interval if epochs else 0
+
+
+def _interval_of(settings: Mapping[str, Any], batches: int) -> int:
+    """Batches between validations."""
+    interval = settings["val_check_interval"]
+    if interval is None:
+        interval = 1.0
+    return max(1, int(batches * interval)) if isinstance(interval, float) else int(interval)

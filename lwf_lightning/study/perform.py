@@ -26,6 +26,7 @@ from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
 from lwf_lightning.study.overlay import looked_up, overlaid
 from lwf_lightning.study.planted import found_figures
+from lwf_lightning.study.validated import untrained
 
 _PACKAGES = ("lwf-lightning", "torch", "lightning", "transformers")
 
@@ -47,8 +48,8 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         diverged has neither figures nor curves, but ``diverged``, and NaN to be chosen by.
 
     Raises:
-        ValueError: If the fit logged no validation figure to choose by, or the test not the figure
-            that is compared.
+        ValueError: If the fit logged no validation figure to choose by, or none after its first
+            step, or the test not the figure that is compared.
     """
     from lwf_lightning.cli import main as command_line
 
@@ -69,7 +70,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     figures = {name: float(value) for name, value in metrics if name.startswith("test/")}
     log = Path(str(cli.trainer.log_dir))
     curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy", "forget/seen_accuracy"))
-    chosen_by = study.validation_figure
+    chosen_by, steps = study.validation_figure, cli.trainer.global_step
     if study.figure not in figures:
         raise ValueError(
             f"figure: the test of {run.identity} measured no {study.figure}, only "
@@ -77,6 +78,8 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         )
     if chosen_by not in curves:
         raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
+    if curves[chosen_by][0][-1] == 0 < steps:
+        raise ValueError(untrained(run, steps))
     shutil.rmtree(log / "checkpoints", ignore_errors=True)
     return {
         **_described(study, run, file),

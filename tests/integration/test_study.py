@@ -115,6 +115,17 @@ def test_a_misspelt_figure_fails_the_first_run_and_costs_no_fit(study: Study) ->
     assert read_records(results_file(study))[0]["resumed"]
 
 
+def test_a_run_that_is_validated_before_training_alone_fails(study: Study) -> None:
+    first = {"class_path": "lwf_lightning.callbacks.ValidateFirst"}
+    changes: dict[str, Any] = {"model.schedule": "never", "trainer.callbacks": first}
+    changes |= {"trainer.val_check_interval": None, "trainer.check_val_every_n_epoch": 1}
+    given = {**vars(study), "tuning": None, "methods": {"vanilla": Method(changes)}}
+    short = Study(**given)
+    told = "trainer.val_check_interval is 1 epoch, but the run ends at step 2"
+    assert told in perform_once(short, missing_runs(short)[0])
+    assert not results_file(short).exists()
+
+
 def test_the_record_of_a_run_that_was_interrupted_says_so(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from lwf_lightning import FisherCallback
 from lwf_lightning.callbacks import ValidateFirst
+from lwf_lightning.study import command
 from lwf_lightning.study.architectures import known_config
 from lwf_lightning.study.check import check, parsed, summary, table
 from lwf_lightning.study.config import Method, Study
@@ -169,6 +171,18 @@ def test_runs_are_reckoned_without_their_device(study: Study, data_folder) -> No
     assert total.startswith("8 runs, every configuration accepted: ")
     assert "from 1 pool(s) of prompts" in total
     assert "1e+09 FLOP/s" in assumed
+
+
+def test_a_run_that_is_validated_before_training_alone_is_refused(
+    study: Study, data_folder, capsys, tmp_path
+) -> None:
+    study.cells["b"] |= {"data.batch_size": 4, "trainer.max_steps": 5}  # it validates after 6
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(asdict(study) | {"output": str(tmp_path)}))
+    with pytest.raises(SystemExit):
+        command.main(["--config", str(file), "--check", "--data_dir", str(data_folder)])
+    told = capsys.readouterr().err
+    assert "trainer.val_check_interval is 1 epoch, but the run ends at step 5" in told
 
 
 def test_every_module_knows_its_own_arguments(study: Study) -> None:
