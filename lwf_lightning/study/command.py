@@ -22,7 +22,7 @@ from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
 from lwf_lightning.study.file import StudyParser
 from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs
-from lwf_lightning.study.missing import missing_runs, what_is_missing
+from lwf_lightning.study.missing import missing_runs, what_diverged, what_is_missing
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.planted import with_found_figures
 from lwf_lightning.study.pooled import pool
@@ -38,7 +38,7 @@ from lwf_lightning.study.validated import (
 from lwf_lightning.study.workers import check_counts, perform_all, perform_once, results_file
 
 _IN_WORDS = {
-    "diverged": "diverged, which counts as the worst",
+    "diverged": "diverged: recorded, and not done again",
     "recorded": "recorded by another process meanwhile",
     "taken": "taken: another process is at them now; start the study again when it has ended",
 }
@@ -112,7 +112,7 @@ def report(study: Study, console: Console) -> None:
     records = with_found_figures(study, asked_for(study, recorded))
     if others := len(recorded) - len(records):
         console.print(f"{others} records that the study no longer asks for are left out.")
-    _tell(told_of_untrained(study, records), console)
+    _tell([*told_of_untrained(study, records), *what_diverged(records)], console)
     lines = summarize(study, records)
     missing = what_is_missing(study, recorded)
     if not lines:

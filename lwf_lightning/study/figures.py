@@ -58,6 +58,7 @@ def draw_all(
         if not own:
             continue
         runs = [r for r in records if cell in r["cells"] and r["stage"] == "comparison"]
+        runs = [record for record in runs if "diverged" not in record]
         ways = {line.method: line.way or line.method for line in own}
         drawn = {
             "gain": gains(study, own),

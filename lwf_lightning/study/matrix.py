@@ -139,14 +139,13 @@ def asked_for(study: Study, records: Iterable[Record]) -> list[dict[str, Any]]:
     """The records of the runs that the study has now, with their stage, cells and setting in it.
 
     What else is recorded, such as a setting that tuning no longer chooses or a seed that was
-    dropped, is left out; so is a trial that diverged, were it to be compared.
+    dropped, is left out.
     """
     by_run = {record["run"]: record for record in records}
     return [
         {**record, "stage": run.stage, "cells": list(run.cells), "setting": dict(run.setting)}
         for run in runs_of(study, by_run)
         if (record := by_run.get(run.identity)) is not None
-        and not (run.stage == "comparison" and "diverged" in record)
     ]
 
 

@@ -24,6 +24,24 @@ def _missing(study: Study, records: Iterable[Record]) -> list[Run]:
     return list(unique.values())
 
 
+def what_diverged(records: Iterable[Record]) -> list[str]:
+    """A line per method with compared runs that diverged, with the way out; names the first."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        if record["stage"] == "comparison" and "diverged" in record:
+            names.setdefault(record["method"], []).append(record["run"])
+    return [
+        f"{method}: {len(own)} of its compared runs diverged ({_first_of(own)}), and what "
+        "they are compared in shows no gain and no p: lower its model.learning_rate or "
+        "model.unlearning_scale, or raise model.max_skipped_steps, in changes or space"
+        for method, own in names.items()
+    ]
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
 def what_is_missing(study: Study, records: Iterable[Record]) -> list[str]:
     """A line per method whose tuning or comparison lacks runs; names the first of them."""
     names: dict[tuple[str, str], list[str]] = {}
@@ -35,6 +53,5 @@ def what_is_missing(study: Study, records: Iterable[Record]) -> list[str]:
     }
     lines = []
     for (method, stage), own in names.items():
-        named = ", ".join(own[:_NAMED]) + (", ..." if len(own) > _NAMED else "")
-        lines.append(words[stage].format(method, len(own), named))
+        lines.append(words[stage].format(method, len(own), _first_of(own)))
     return lines

@@ -44,7 +44,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         The record: what was run and how, figures of the test split, curves of the validation
         split, ``area`` and ``precision`` where knowledge was planted, whether the fit went on from
         a checkpoint, and of this process the seconds of the fit and the most memory that it held
-        during the run, in bytes: of a resumed run those of its last part alone. A trial that
+        during the run, in bytes: of a resumed run those of its last part alone. A run that
         diverged has neither figures nor curves, but ``diverged``, and NaN to be chosen by.
 
     Raises:
@@ -59,7 +59,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     try:
         cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
     except SystemExit as stop:
-        if run.stage == "tuning" and isinstance(stop.__context__, NonFiniteLossError):
+        if isinstance(stop.__context__, NonFiniteLossError):
             return _diverged(study, run, file, stop.__context__, time.perf_counter() - start)
         raise
     seconds = time.perf_counter() - start
@@ -98,7 +98,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
 def _diverged(
     study: Study, run: Run, file: Path, error: BaseException, seconds: float
 ) -> dict[str, Any]:
-    """The record of a trial that diverged: it would do so again."""
+    """The record of a run that diverged: it would do so again."""
     for checkpoints in file.parent.glob("*/checkpoints"):
         shutil.rmtree(checkpoints, ignore_errors=True)
     return {

@@ -22,7 +22,9 @@ class Line:
         cell: The cell.
         method: Key of the method, or of the study's ``best_of``.
         way: Of a ``best_of``, the method that validation picked; its runs are the line's.
-        gain: Its figure, and its gain over the baseline: of a loss, how far it is below it.
+        gain: Its figure, and its gain over the baseline: of a loss, how far it is below it. With a
+            run of either that diverged the gain is NaN: those that are left would flatter one.
+        diverged: How many of the seeds that are compared diverged; the mean leaves them out.
         adjusted_p_value: The paired test's, adjusted for all comparisons of the study, each counted
             once in however many cells its runs are. NaN for the ceiling: it is no method to choose,
             and its gain would lower the others' values.
@@ -41,6 +43,7 @@ class Line:
     method: str
     way: str | None
     gain: Gain
+    diverged: int
     adjusted_p_value: float
     forgetting: Mapping[str, tuple[float, float]]
     seen: Mapping[str, tuple[float, float]]
@@ -67,6 +70,10 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             gain = gain_over(figures[method], figures[study.baseline], ceiling)
             if gain is not None:
                 gain = replace(gain, mean=sign * gain.mean)
+                both = _beside(runs[method], runs[study.baseline])
+                if len(left := _ended(both)) < len(both):
+                    known = [compared_figure(study, record) for record in left]
+                    gain = replace(gain, mean=fmean(known) if known else math.nan)
                 found.append((cell, method, gain, runs[method], runs[study.baseline]))
     tested = {
         _names(own, baseline): gain.p_value
@@ -80,16 +87,27 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             method=method,
             way=own[0]["method"] if method in study.best_of else None,
             gain=gain,
+            diverged=len(_beside(own, baseline)) - len(_ended(_beside(own, baseline))),
             adjusted_p_value=adjusted.get(_names(own, baseline), math.nan),
-            forgetting=_first_and_last(own, "forget/accuracy_"),
-            seen=_first_and_last(own, "forget/seen_accuracy_"),
-            found=_found(own),
-            seconds=_multiple("seconds", own, baseline),
-            memory=_multiple("peak_memory", own, baseline),
+            forgetting=_first_and_last(_ended(own), "forget/accuracy_"),
+            seen=_first_and_last(_ended(own), "forget/seen_accuracy_"),
+            found=_found(_ended(own)),
+            seconds=_multiple("seconds", _ended(own), _ended(baseline)),
+            memory=_multiple("peak_memory", _ended(own), _ended(baseline)),
             setting=own[0]["setting"],
         )
         for cell, method, gain, own, baseline in found
     ]
+
+
+def _ended(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if "diverged" not in record]
+
+
+def _beside(own: Sequence[Record], baseline: Sequence[Record]) -> list[Record]:
+    """Those whose seed the baseline has, too: what is compared."""
+    seeds = {record["seed"] for record in baseline}
+    return [record for record in own if record["seed"] in seeds]
 
 
 def _names(*compared: Sequence[Record]) -> tuple[frozenset[str], ...]:
@@ -112,11 +130,13 @@ def compared_runs(study: Study, records: Iterable[Record]) -> dict[str, dict[str
 
 
 def compared_figure(study: Study, record: Record) -> float:
-    """The compared figure of a run.
+    """The compared figure of a run; NaN if it diverged.
 
     Raises:
         ValueError: If it has none; names ``figure`` and those that there are.
     """
+    if "diverged" in record:
+        return math.nan
     figures = record["figures"]
     if study.figure not in figures:
         raise ValueError(

@@ -43,8 +43,8 @@ def cells_of(study: Study, line: Line) -> tuple[str, ...]:
     is_baseline = line.method == study.baseline
     return (
         study.label(line.method),
-        str(gain.seeds),
-        told(gain.mean),
+        _seeds(line),
+        "" if math.isnan(gain.mean) else told(gain.mean),
         "" if is_baseline else _interval(*(told(v, "+") for v in (gain.gain, gain.low, gain.high))),
         "" if is_baseline else _p_value(line.adjusted_p_value),
         ""
@@ -61,6 +61,11 @@ def cells_of(study: Study, line: Line) -> tuple[str, ...]:
             for path, value in line.setting.items()
         ),
     )
+
+
+def _seeds(line: Line) -> str:
+    seeds, lost = line.gain.seeds, line.diverged
+    return f"{seeds - lost} of {seeds} seeds, {lost} diverged" if lost else str(seeds)
 
 
 def tables(study: Study, lines: Sequence[Line]) -> list[Table]:
@@ -122,7 +127,7 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
             study.label(line.method),
             str(line.cells),
             str(line.gain.seeds),
-            measure.told(line.gain.mean),
+            "" if math.isnan(line.gain.mean) else measure.told(line.gain.mean),
             *(
                 _interval(*(measure.told(value, "+") for value in values))
                 for values in (
@@ -181,4 +186,6 @@ def _p_value(value: float) -> str:
 
 
 def _interval(value: str, low: str, high: str) -> str:
-    return value if "nan" in low else f"{value} [{low}, {high}]"
+    if "nan" in low:
+        return "" if "nan" in value else value
+    return f"{value} [{low}, {high}]"

@@ -47,7 +47,7 @@ def perform_once(study: Study, run: Run) -> str:
     What the run prints goes to ``output.txt`` in its folder.
 
     Returns:
-        ``done``, ``diverged`` (of a trial, recorded too), ``recorded``, ``taken``, or what went
+        ``done``, ``diverged`` (recorded, too), ``recorded``, ``taken``, or what went
         wrong.
     """
     output = _output_file(study, run)

@@ -89,7 +89,7 @@ def test_a_failed_run_says_where_to_look_and_leaves_no_record(study: Study) -> N
     assert not results_file(broken).exists()
 
 
-def test_a_trial_that_diverges_is_recorded_once_and_a_compared_run_fails(study: Study) -> None:
+def test_a_run_that_diverges_is_recorded_and_not_done_again(study: Study) -> None:
     changes = {"model.schedule": "never", "model.max_skipped_steps": 0, "trainer.max_steps": 9}
     space = {"model.learning_rate": [1e20, 2e20]}
     given = {**vars(study), "methods": {"vanilla": Method(changes, space)}, "seeds": [0]}
@@ -101,7 +101,13 @@ def test_a_trial_that_diverges_is_recorded_once_and_a_compared_run_fails(study: 
     assert all("learning_rate" in record["diverged"] for record in records)
     assert not list(diverging.folder.glob("runs/*/*/checkpoints"))
     (compared,) = missing_runs(diverging)
-    assert perform_once(diverging, compared).startswith("failed: NonFiniteLossError: 1 steps had")
+    assert perform_once(diverging, compared) == "diverged"
+    assert missing_runs(diverging) == []
+    report(diverging, console := Console(record=True, width=200))
+    assert "vanilla: 1 of its compared runs diverged" in console.export_text()
+    assert (
+        "| vanilla | 0 of 1 seeds, 1 diverged |  |" in (diverging.folder / "results.md").read_text()
+    )
 
 
 def test_a_misspelt_figure_fails_the_first_run_and_costs_no_fit(study: Study) -> None:

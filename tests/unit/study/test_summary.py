@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from lwf_lightning.study.config import Method, Study
 from lwf_lightning.study.figures import Pictures, costs, draw_all, gains
 from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.page import write_page
+from lwf_lightning.study.pooled import pool
 from lwf_lightning.study.statistics import adjusted_p_values, gain_over
 from lwf_lightning.study.summary import summarize
-from lwf_lightning.study.tables import cells_of, headings_of, tables
+from lwf_lightning.study.tables import cells_of, headings_of, pooled_table, tables
 
 FIGURES = {
     "vanilla": [0.50, 0.55, 0.48, 0.52],
@@ -110,6 +112,30 @@ def test_a_run_that_cells_share_is_tested_once() -> None:
     found = {(line.cell, line.method): line.adjusted_p_value for line in summarize(study, shared)}
     assert found["a", "two"] == pytest.approx(alone["two"])
     assert [found[cell, "one"] for cell in "abc"] == pytest.approx([alone["one"]] * 3)
+
+
+@pytest.mark.parametrize("method", ["one", "vanilla", "twin"])
+@pytest.mark.filterwarnings("error")
+def test_with_a_run_that_diverged_there_is_no_gain(method: str, tmp_path: Path) -> None:
+    cells: dict[str, Any] = {"a": {}, "b": {}}
+    study = Study(**vars(make(output=str(tmp_path))) | {"cells": cells, "map": {"x": {"a": 1.0}}})
+    found = [record | {"cells": ["a"], "log": ".", "folder": "."} for record in records()]
+    found += [r | {"cells": ["b"], "run": f"b-{r['run']}"} for r in found]
+    for record in found:
+        if record["run"] == f"{method}-2":
+            record |= {"figures": {}, "diverged": "1 steps had a NaN"}
+    lines = {line.method: line for line in summarize(study, found) if line.cell == "a"}
+    left = [figure for seed, figure in enumerate(FIGURES[method]) if seed != 2]
+    assert lines[method].gain.mean == pytest.approx(fmean(left))
+    shown = {name: cells_of(study, line) for name, line in lines.items()}
+    assert shown[method][:3] == (method, "3 of 4 seeds, 1 diverged", f"{100 * fmean(left):.1f}")
+    assert shown[method][3:6] == ("", "", "")
+    assert (shown["two"][3] == "") == (method == "vanilla")
+    assert (shown["two"][5] == "") == (method in ("vanilla", "twin"))
+    pooled = pool(study, found)
+    row = next(row for row in pooled_table(study, pooled).rows if row[0] in (method, "two"))
+    assert (row[4] == "") == (method != "twin")
+    assert draw_all(study, list(lines.values()), pooled, found).map is not None
 
 
 def test_before_training_is_step_zero_alone() -> None:
