@@ -21,7 +21,7 @@ from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
 from lwf_lightning.study.file import StudyParser
-from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs
+from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs, tuning_in_words
 from lwf_lightning.study.missing import missing_runs, what_diverged, what_is_missing
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.planted import with_found_figures
@@ -120,7 +120,8 @@ def report(study: Study, console: Console) -> None:
         return
     pooled = pool(study, records)
     told = markdown(study, lines, pooled)
-    table = "\n".join([*(f"- Not there yet: {line}" for line in missing), told])
+    absent = (f"- Not there yet: {line}" for line in missing)
+    table = "\n".join([*absent, *(f"{line}\n" for line in tuning_in_words(study)), told])
     with whole_file(study.folder / "results.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
     pictures = draw_all(study, lines, pooled, records)

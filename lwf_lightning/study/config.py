@@ -43,12 +43,13 @@ class Tuning:
         trials: Settings tried per method; drawn without repeats from its space.
         seeds: Seeds of each trial; none of them is a seed of the study itself.
         figure: The figure to choose by, averaged over the seeds: that of a run's last validation.
-            The highest is the best, of a loss the lowest.
+            The highest is the best, of a loss the lowest. By default the study's own figure, on
+            the validation split.
     """
 
     trials: int = 8
     seeds: list[int] = field(default_factory=lambda: [1000, 1001])
-    figure: str = "val/accuracy"
+    figure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,9 @@ class Study:
 
     @property
     def validation_figure(self) -> str:
-        """What tuning chooses by; without tuning, what is compared, on the validation split."""
-        return self.tuning.figure if self.tuning else f"val/{self.figure.split('/', 1)[-1]}"
+        """What tuning chooses by; unless it says so, what is compared, on the validation split."""
+        given = self.tuning.figure if self.tuning else None
+        return given or f"val/{self.figure.split('/', 1)[-1]}"
 
     def label(self, method: str) -> str:
         """The name of a method in tables and figures."""

@@ -70,6 +70,18 @@ def settings_of(study: Study, method: str) -> list[dict[str, Any]]:
     return random.Random(f"{study.name}:{method}").sample(every, study.tuning.trials)
 
 
+def tuning_in_words(study: Study) -> list[str]:
+    """A line that says what settings were chosen by; none without tuning."""
+    if study.tuning is None:
+        return []
+    most = max(len(settings_of(study, method)) for method in study.methods)
+    seeds = ", ".join(map(str, study.tuning.seeds))
+    return [
+        f"Settings are chosen by {study.validation_figure} from up to {most} trials per method and "
+        f"cell, with tuning seeds {seeds}."
+    ]
+
+
 def tuning_runs(study: Study) -> list[Run]:
     """The runs that choose each method's setting; none without tuning."""
     if study.tuning is None:
@@ -200,7 +212,7 @@ def _validated(
         ]
         if any(record is None for record in found):
             return None
-        means.append(fmean(_judged(r, tuning.figure) for r in found if r is not None))
+        means.append(fmean(_judged(r, study.validation_figure) for r in found if r is not None))
     return means
 
 

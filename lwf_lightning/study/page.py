@@ -10,7 +10,7 @@ from pathlib import Path
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import Pictures
-from lwf_lightning.study.matrix import Record
+from lwf_lightning.study.matrix import Record, tuning_in_words
 from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.pooled import Pooled
 from lwf_lightning.study.summary import Line
@@ -65,6 +65,7 @@ def write_page(
         "share of the gap has a bootstrap interval over seeds if the gap's own interval lies above "
         "0. Time and memory are multiples of the baseline's medians, over runs that were not "
         "resumed.</p>",
+        *(f"<p>{html.escape(line)}</p>" for line in tuning_in_words(study)),
         *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]
     if pooled:

@@ -176,8 +176,8 @@ def pooled_of(study: Study, records: list[dict[str, Any]]) -> dict[str, Pooled]:
 @pytest.mark.parametrize("figure", ["test/accuracy", "test/loss"])
 def test_all_cells_together_as_computed_by_hand(given: dict[str, Any], figure: str) -> None:
     study = Study(**given | {"figure": figure})
-    line = pooled_of(study, perform(study))["LWF"]
     sign = -1 if figure == "test/loss" else 1
+    line = pooled_of(study, perform(study, sign))["LWF"]
     own, gains = [], []
     for cell, way in (("a", "ahead"), ("b", "beside")):
         own.append([figure_of(way, cell, seed) for seed in study.seeds])

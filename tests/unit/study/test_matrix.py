@@ -15,6 +15,7 @@ from lwf_lightning.study.matrix import (
     awaited_runs,
     comparison_runs,
     settings_of,
+    tuning_in_words,
     tuning_runs,
 )
 from lwf_lightning.study.overlay import looked_up, overlaid
@@ -191,6 +192,22 @@ def test_of_a_loss_the_lowest_is_chosen(base: str) -> None:
         trial(run, 0.5, loss=[0.0, losses[run.setting["model.lr"]]]) for run in tuning_runs(study)
     ]
     assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
+
+
+def test_tuning_chooses_by_what_is_compared_unless_it_says_otherwise(base: str) -> None:
+    methods = {"vanilla": Method(space={"model.lr": [1, 2]})}
+    study = make(base, methods=methods, tuning=Tuning(seeds=[7]), figure="test/loss")
+    rates = [run.setting["model.lr"] for run in tuning_runs(study)]
+    records = [  # the first has the better accuracy, the second the lower loss
+        trial(run, 1 / rate, loss=[9.0, 1 / rate])
+        for run, rate in zip(tuning_runs(study), rates, strict=True)
+    ]
+    assert {run.setting["model.lr"] for run in comparison_runs(study, records)} == {2}
+    assert make(base, tuning=Tuning()).validation_figure == "val/accuracy"
+    assert tuning_in_words(study) == [
+        "Settings are chosen by val/loss from up to 2 trials per method and cell, with tuning "
+        "seeds 7."
+    ]
 
 
 @pytest.mark.parametrize("order", [[1, 2], [2, 1]])

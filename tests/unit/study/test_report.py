@@ -83,6 +83,8 @@ def test_another_choice_of_tuning_leaves_the_old_runs_out(given: dict[str, Any])
     report(study, console)
     assert "4 records that the study no longer asks for are left out" in console.export_text()
     assert "| lwf | 2 | 10.5 |" in (study.folder / "results.md").read_text()
+    for file in ("results.md", "index.html"):
+        assert "chosen by val/accuracy from up to 2 trials" in (study.folder / file).read_text()
     # two seeds of lwf in each of two cells and two of vanilla for both; twice as many trials of lwf
     page = (study.folder / "index.html").read_text()
     assert "6 runs compared and 10 for tuning" in page
