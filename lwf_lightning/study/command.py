@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
@@ -24,7 +25,7 @@ from lwf_lightning.study.file import StudyParser
 from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs, tuning_in_words
 from lwf_lightning.study.missing import missing_runs, what_diverged, what_is_missing
 from lwf_lightning.study.page import write_page
-from lwf_lightning.study.planted import with_found_figures
+from lwf_lightning.study.planted import told_of_unknown, with_found_figures
 from lwf_lightning.study.pooled import pool
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.summary import summarize
@@ -112,7 +113,8 @@ def report(study: Study, console: Console) -> None:
     records = with_found_figures(study, asked_for(study, recorded))
     if others := len(recorded) - len(records):
         console.print(f"{others} records that the study no longer asks for are left out.")
-    _tell([*told_of_untrained(study, records), *what_diverged(records)], console)
+    notes = [told_of_untrained(study, records), told_of_unknown(study, records)]
+    _tell([*chain(*notes), *what_diverged(records)], console)
     lines = summarize(study, records)
     missing = what_is_missing(study, recorded)
     if not lines:

@@ -11,9 +11,14 @@ from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
+from lwf_lightning.files import json_lines
+
 Value: TypeAlias = str | bool | int | float | list | dict | None  # type: ignore[type-arg]
 """A value of a configuration as its file has it. Of ``Any`` the parser would read a string once
 more: the estimator 'true' would become a bool."""
+
+_NAMED = 20
+"""Values that a message names."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class Study:
         self._check_names()
         for factor, places in self.map.items():
             _check_places(factor, places, self.cells)
-        if self.planted is not None and not Path(self.planted.rows).is_file():
-            raise ValueError(f"planted.rows: {self.planted.rows} does not exist")
+        if self.planted is not None:
+            _check_planted(self.planted)
         if not self.cells or not self.seeds:
             raise ValueError("cells and seeds must not be empty: there would be nothing to run")
         if len(set(self.seeds)) < len(self.seeds):
@@ -222,6 +227,27 @@ def _check_values(name: str, space: Mapping[str, Sequence[Any]], tuning: Tuning 
             raise ValueError(f"{name}: {path} has no value to choose")
         if len(set(map(repr, values))) < len(values):
             raise ValueError(f"{name}: {path} names a value twice: {values}")
+
+
+def _check_planted(planted: Planted) -> None:
+    path = Path(planted.rows)
+    if not path.is_file():
+        raise ValueError(f"planted.rows: {path} does not exist")
+    try:
+        rows = json_lines(path)
+    except ValueError as error:
+        raise ValueError(f"planted.rows: {path} is no JSONL: {error}") from error
+    for field_name, key in (("rows", "prompt"), ("field", planted.field)):
+        if not any(key in row for row in rows):
+            known = ", ".join({name: None for row in rows for name in row}) or "nothing"
+            raise ValueError(f"planted.{field_name}: no row of {path} has {key!r}, only {known}")
+    values = sorted({str(row[planted.field]) for row in rows if planted.field in row})
+    if planted.value not in values:
+        told = ", ".join(values[:_NAMED]) + (", ..." if len(values) > _NAMED else "")
+        raise ValueError(
+            f"planted.value: no row of {path} holds {planted.value!r} as {planted.field}, only "
+            f"{told}"
+        )
 
 
 def _check_places(factor: str, places: Mapping[str, float], cells: Mapping[str, Any]) -> None:

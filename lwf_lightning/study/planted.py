@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lwf_lightning.files import json_lines
 from lwf_lightning.forgetting.planted import confidence_by_part, last_scores
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record
@@ -30,6 +31,27 @@ def with_found_figures(study: Study, records: Iterable[dict[str, Any]]) -> list[
     says that something else was sought.
     """
     return [_with_figures(study, record) for record in records]
+
+
+def told_of_unknown(study: Study, records: Iterable[Record]) -> list[str]:
+    """A warning if the rows hold none of the prompts that the runs scored; none otherwise.
+
+    Args:
+        study: The study.
+        records: Its records, as :func:`with_found_figures` gives them.
+    """
+    records = list(records)
+    if study.planted is None or any("area" in r or "precision" in r for r in records):
+        return []
+    known = {row.get("prompt") for row in json_lines(Path(study.planted.rows))}
+    scored = {row["prompt"] for r in records for row in last_scores(log_folder(study, r))}
+    if not scored or scored & known:
+        return []
+    return [
+        f"Warning: planted.rows: {study.planted.rows} holds none of the {len(scored)} prompts that "
+        "the runs scored, so nothing is said of what they found: name the file of their "
+        "forgetting tasks' prompts"
+    ]
 
 
 def _with_figures(study: Study, record: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from lwf_lightning.forgetting.planted import confidence_by_part
 from lwf_lightning.study.config import Method, Planted, Study
-from lwf_lightning.study.planted import found_figures, with_found_figures
+from lwf_lightning.study.planted import found_figures, told_of_unknown, with_found_figures
 from lwf_lightning.study.summary import summarize
 from lwf_lightning.study.tables import markdown
 
@@ -112,6 +112,27 @@ def test_what_is_sought_now_is_shown(study: Study, tmp_path: Path) -> None:
     assert not any("area" in record for record in found)
 
 
-def test_a_missing_file_is_refused_at_once(study: Study) -> None:
-    with pytest.raises(ValueError, match=r"planted\.rows: nowhere\.jsonl does not exist"):
-        Study(**{**vars(study), "planted": Planted("nowhere.jsonl")})
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rows": "nowhere.jsonl"}, r"planted\.rows: nowhere\.jsonl does not exist"),
+        ({"field": "knd"}, r"planted\.field: no row of .* has 'knd', only prompt, kind"),
+        ({"value": "odl"}, r"planted\.value: no row of .* holds 'odl' as kind, only new, old"),
+    ],
+)
+def test_what_is_misspelt_is_refused_at_once(
+    study: Study, given: dict[str, Any], message: str
+) -> None:
+    assert study.planted is not None
+    with pytest.raises(ValueError, match=message):
+        Study(**{**vars(study), "planted": replace(study.planted, **given)})
+
+
+def test_rows_of_other_prompts_are_told(study: Study, tmp_path: Path) -> None:
+    write_scores(study.folder / "runs" / "lwf-0" / "version_0")
+    records = [record("vanilla", 0), record("lwf", 0)]
+    assert told_of_unknown(study, with_found_figures(study, records)) == []
+    (tmp_path / "train.jsonl").write_text('{"prompt": "another", "kind": "old"}\n')
+    (told,) = told_of_unknown(study, with_found_figures(study, records))
+    assert "holds none of the 7 prompts that the runs scored" in told
+    assert told_of_unknown(study, records[:1]) == []
