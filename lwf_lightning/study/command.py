@@ -22,7 +22,14 @@ from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import draw_all
 from lwf_lightning.study.file import StudyParser
-from lwf_lightning.study.matrix import Record, Run, asked_for, awaited_runs, tuning_in_words
+from lwf_lightning.study.matrix import (
+    Record,
+    Run,
+    asked_for,
+    awaited_runs,
+    runs_of,
+    tuning_in_words,
+)
 from lwf_lightning.study.missing import missing_runs, what_diverged, what_is_missing
 from lwf_lightning.study.page import write_page
 from lwf_lightning.study.planted import told_of_unknown, with_found_figures
@@ -36,7 +43,13 @@ from lwf_lightning.study.validated import (
     check_validations,
     told_of_untrained,
 )
-from lwf_lightning.study.workers import check_counts, perform_all, perform_once, results_file
+from lwf_lightning.study.workers import (
+    check_counts,
+    limit_threads,
+    perform_all,
+    perform_once,
+    results_file,
+)
 
 _IN_WORDS = {
     "diverged": "diverged: recorded, and not done again",
@@ -86,7 +99,11 @@ def _act(study: Study, options: Any) -> None:
     for flag in ("flops", "data_dir"):
         if not options.check and getattr(options, flag) is not None:
             raise ValueError(f"--{flag} is of --check alone: add it, or leave --{flag} out")
+    ends = [f"--{flag}" for flag in ("list", "only", "check", "report") if getattr(options, flag)]
+    if len(ends) > 1:
+        raise ValueError(f"{' and '.join(ends)}: each does one thing and stops: give one of them")
     if options.only:
+        limit_threads(options.threads)
         _perform_named(study, options.only, console)
         return
     if options.list:
@@ -210,4 +227,7 @@ def _perform_named(study: Study, name: str, console: Console) -> None:
             if outcome.startswith("failed"):
                 raise SystemExit(1)
             return
-    raise ValueError(f"--only: no missing run is named {name}; see --list")
+    by_run = {record["run"]: record for record in read_records(results_file(study))}
+    if name not in (run.identity for run in runs_of(study, by_run)):
+        raise ValueError(f"--only: no run of this study is named {name}; see --list")
+    console.print(f"{name} is recorded already", soft_wrap=True)

@@ -101,6 +101,19 @@ def check_counts(workers: int, threads: int) -> None:
             raise ValueError(f"--{flag} must be at least 1, got {count}")
 
 
+def limit_threads(threads: int) -> None:
+    """Has this process, and those that it starts, take no more threads."""
+    import torch  # has read the environment by now
+
+    _tell_threads(threads)
+    torch.set_num_threads(threads)
+
+
+def _tell_threads(threads: int) -> None:
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # of torch, and of tokenizers
+        os.environ[name] = str(threads)
+
+
 def perform_all(
     study: Study,
     runs: Sequence[Run],
@@ -127,8 +140,7 @@ def perform_all(
     check_counts(workers, threads)
     context = multiprocessing.get_context("forkserver")  # imports once, a clean process per run
     context.set_forkserver_preload(list(_IMPORTED))
-    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # of torch, and of tokenizers
-        os.environ[name] = str(threads)
+    _tell_threads(threads)
     waiting = iter(runs)
     at_work: dict[Connection, tuple[Run, ForkServerProcess]] = {}
     with _ended_together(at_work):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -159,6 +161,7 @@ def test_a_failed_run_is_a_failed_command(
             told(run, "failed: no")
 
     monkeypatch.setattr(command, "perform_all", fail_all)
+    monkeypatch.setattr(command, "limit_threads", lambda threads: None)  # this process's own
     monkeypatch.setattr(command, "perform_once", lambda study, run: "failed: no")
     file = study.folder.parent / "study.yaml"
     file.write_text(yaml.safe_dump(given))
@@ -166,6 +169,47 @@ def test_a_failed_run_is_a_failed_command(
     with pytest.raises(SystemExit) as stop:
         command.main(["--config", str(file), *arguments, *named])
     assert stop.value.code == 1
+
+
+def test_a_named_run_has_the_threads_that_are_asked_for_and_may_be_recorded(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given |= {"tuning": None, "methods": {"vanilla": {}}}
+    study = Study(**given | {"methods": {"vanilla": Method()}})
+    name = missing_runs(study)[0].identity
+    usual, found = torch.get_num_threads(), []
+
+    def perform(study: Study, run: Run) -> str:
+        found.append((torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"]))
+        record(study, run, 1.0)
+        return "done"
+
+    for variable in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(variable, "1")  # as it was, after the test
+    monkeypatch.setattr(command, "perform_once", perform)
+    file = study.folder.parent / "study.yaml"
+    file.write_text(yaml.safe_dump(given))
+    try:
+        for _ in range(2):  # the second time another job has done it
+            command.main(["--config", str(file), "--threads", "3", "--only", name])
+    finally:
+        torch.set_num_threads(usual)
+    assert found == [(3, "3")]
+    assert capsys.readouterr().out.splitlines() == ["done", f"{name} is recorded already"]
+    with pytest.raises(SystemExit):
+        command.main(["--config", str(file), "--only", "nothing"])
+    assert "no run of this study is named nothing; see --list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--list", "--report"], ["--only", "a", "--report"]])
+def test_two_flags_that_stop_are_refused(
+    given: dict[str, Any], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(given["output"], "study.yaml")
+    file.write_text(yaml.safe_dump(given | {"tuning": None, "methods": {"vanilla": {}}}))
+    with pytest.raises(SystemExit):
+        command.main(["--config", str(file), *flags])
+    assert f"{flags[0]} and --report: each does one thing" in capsys.readouterr().err
 
 
 def test_seeds_may_be_dropped_or_turn_from_tuning_to_comparison(given: dict[str, Any]) -> None:
