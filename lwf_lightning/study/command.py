@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -90,7 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with clear_errors():
         given = parser.instantiate_classes(options)
-        _act(Study(**{name: given[name] for name in Study.__dataclass_fields__}), options)
+        try:
+            _act(Study(**{name: given[name] for name in Study.__dataclass_fields__}), options)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted: the same command goes on where it was\n")
+            raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _act(study: Study, options: Any) -> None:

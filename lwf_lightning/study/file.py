@@ -30,7 +30,8 @@ def check_file(path: Path) -> None:
     """Looks through a study's file; one that is not there or no YAML is left to the parser.
 
     Raises:
-        ValueError: If a key stands twice, or a method has one that no method has; names it.
+        ValueError: If a key stands twice, a method has one that no method has, or what tuning may
+            choose is no list; names it.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -39,15 +40,25 @@ def check_file(path: Path) -> None:
         content = yaml.safe_load(text)
     except (OSError, yaml.YAMLError):
         return
-    methods = content.get("methods") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    methods = content.get("methods")
+    _check_space(path, "common_space", content.get("common_space"))
     known = [field.name for field in fields(Method)]
     for name, method in (methods if isinstance(methods, dict) else {}).items():
+        if isinstance(method, dict):
+            _check_space(path, f"methods.{name}.space", method.get("space"))
         for key in map(str, method if isinstance(method, dict) else ()):
             if key not in known:
                 near = get_close_matches(key, known, 1)
                 meant = f"; did you mean {near[0]!r}?" if near else ""
                 told = f"methods.{name} has no {key!r}, only {', '.join(known)}{meant}"
                 raise ValueError(f"{path}: {told}")
+
+
+def _check_space(path: Path, name: str, space: Any) -> None:
+    for key, values in (space if isinstance(space, dict) else {}).items():
+        if not isinstance(values, list):
+            raise ValueError(f"{path}: {name}: {key} is no list of values to choose: [{values}]")
 
 
 def _repeated_keys(node: Any, at: str = "") -> Iterator[str]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from threading import Thread
 
@@ -30,6 +31,8 @@ _IMPORTED = (
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
 )
+
+_SERVER_GONE = 255  # what Python tells of a process whose forkserver is no longer there
 
 
 def results_file(study: Study) -> Path:
@@ -70,6 +73,8 @@ def _cause(error: BaseException) -> str:
     """What went wrong; the command line has turned its errors into a line and an exit."""
     if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
         return "ended by SIGTERM; started again it goes on from its checkpoint"
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+        return "interrupted; started again it goes on from its last checkpoint"
     if isinstance(error, SystemExit) and error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {one_line(str(error))}"
@@ -148,6 +153,7 @@ def perform_all(
             for run in islice(waiting, workers - len(at_work)):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_send_outcome, args=(study, run, sender))
+                _start_server()
                 process.start()
                 sender.close()  # the only one is the process's now, so that receiving ends with it
                 at_work[receiver] = run, process
@@ -160,6 +166,16 @@ def perform_all(
                     outcome = _outcome(receiver)
                 process.join()
                 told(run, outcome or f"failed: {_end_of(process)} (see {_output_file(study, run)})")
+
+
+def _start_server() -> None:
+    """Starts the server of the workers where there is none, to ignore Ctrl-C, as they do with it.
+
+    A terminal sends it to all; workers are ended by SIGTERM then, before which a fit saves.
+    """
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ensure_running()
+    signal.signal(signal.SIGINT, usual)
 
 
 @contextmanager
@@ -199,6 +215,11 @@ def _outcome(receiver: Connection) -> str | None:
 
 def _end_of(process: ForkServerProcess) -> str:
     code = process.exitcode or 0
+    if code == _SERVER_GONE:
+        return (
+            f"its process ended with exit code {code}, as it does when the system has ended the "
+            "server of the workers, perhaps for lack of memory; start the study again"
+        )
     if code >= 0:
         return f"its process ended with exit code {code}"
     why = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,21 @@ def test_a_named_run_has_the_threads_that_are_asked_for_and_may_be_recorded(
     with pytest.raises(SystemExit):
         command.main(["--config", str(file), "--only", "nothing"])
     assert "no run of this study is named nothing; see --list" in capsys.readouterr().err
+
+
+def test_an_interrupted_study_says_how_it_goes_on(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "perform_all", interrupted)
+    file = Path(given["output"], "study.yaml")
+    file.write_text(yaml.safe_dump(given | {"tuning": None, "methods": {"vanilla": {}}}))
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--config", str(file)])
+    assert stop.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "interrupted: the same command goes on where it was\n"
 
 
 @pytest.mark.parametrize("flags", [["--list", "--report"], ["--only", "a", "--report"]])

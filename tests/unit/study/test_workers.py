@@ -30,6 +30,10 @@ class Named(Run):
             os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory is short
         if in_worker and self.method == "left":
             os._exit(3)
+        if in_worker and self.method == "serverless":
+            os._exit(255)  # as Python tells of a process whose forkserver is gone
+        if in_worker and self.method == "c":
+            os.kill(os.getpid(), signal.SIGINT)  # as a terminal does to all processes
         if in_worker and self.method == "endless":
             with Path(self.config["told"]).open("wb", buffering=0) as pipe:
                 pipe.write(b"at work")
@@ -58,7 +62,7 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("at_a_time", [1, 3])
 def test_a_worker_that_is_ended_fails_its_own_run_alone(study: Study, at_a_time: int) -> None:
-    names = ["a", "killed", "b", "left", "c"]
+    names = ["a", "killed", "b", "left", "serverless", "c"]
     for name in "abc":
         append_record(results_file(study), {"run": name})
     told: dict[str, str] = {}
@@ -71,6 +75,7 @@ def test_a_worker_that_is_ended_fails_its_own_run_alone(study: Study, at_a_time:
     assert {told.pop(name) for name in "abc"} == {"recorded"}
     assert told.pop("killed").startswith("failed: its process was ended by signal 9")
     assert told.pop("left").startswith("failed: its process ended with exit code 3")
+    assert "ended the server of the workers" in told.pop("serverless")
     assert not told
 
 
@@ -82,15 +87,19 @@ def pipe(tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("light")
-def test_sigterm_ends_the_workers_too(study: Study, pipe: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_ends_the_workers_too(
+    study: Study, pipe: str, number: signal.Signals, ends: type[BaseException]
+) -> None:
     append_record(results_file(study), {"run": "a"})
     usual = signal.getsignal(signal.SIGTERM)
     runs = [named("endless", told=pipe), named("a")]
-    with pytest.raises(SystemExit) as stop:
-        perform_all(
-            study, runs, workers=2, threads=1, told=lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-        )
-    assert stop.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ends) as stop:
+        perform_all(study, runs, workers=2, threads=1, told=lambda *_: os.kill(os.getpid(), number))
+    if isinstance(stop.value, SystemExit):
+        assert stop.value.code == 128 + number
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGTERM) == usual
 
