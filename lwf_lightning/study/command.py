@@ -22,6 +22,7 @@ from rich.progress import (
 from lwf_lightning.cli_errors import clear_errors
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.data_files import told_of_changed
 from lwf_lightning.study.figures import draw_all
 from lwf_lightning.study.file import StudyParser
 from lwf_lightning.study.matrix import (
@@ -137,7 +138,7 @@ def report(study: Study, console: Console) -> None:
     if others := len(recorded) - len(records):
         console.print(f"{others} records that the study no longer asks for are left out.")
     notes = [told_of_untrained(study, records), told_of_unknown(study, records)]
-    _tell([*chain(*notes), *what_diverged(records)], console)
+    _tell([*chain(*notes), *told_of_changed(records), *what_diverged(records)], console)
     lines = summarize(study, records)
     missing = what_is_missing(study, recorded)
     if not lines:

@@ -23,6 +23,7 @@ import yaml
 from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.data_files import data_digests
 from lwf_lightning.study.matrix import Run
 from lwf_lightning.study.overlay import looked_up, overlaid
 from lwf_lightning.study.planted import found_figures
@@ -42,10 +43,11 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
 
     Returns:
         The record: what was run and how, figures of the test split, curves of the validation
-        split, ``area`` and ``precision`` where knowledge was planted, whether the fit went on from
-        a checkpoint, and of this process the seconds of the fit and the most memory that it held
-        during the run, in bytes: of a resumed run those of its last part alone. A run that
-        diverged has neither figures nor curves, but ``diverged``, and NaN to be chosen by.
+        split, ``area`` and ``precision`` where knowledge was planted, digests of the data files,
+        whether the fit went on from a checkpoint, and of this process the seconds of the fit and
+        the most memory that it held during the run, in bytes: of a resumed run those of its last
+        part alone. A run that diverged has neither figures nor curves, but ``diverged``, and NaN
+        to be chosen by.
 
     Raises:
         ValueError: If the fit logged no validation figure to choose by, or none after its first
@@ -89,6 +91,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         "curves": curves,
         **found_figures(study, log),
         "planted": None if study.planted is None else asdict(study.planted),
+        "data": data_digests(cli.datamodule),
         "resumed": resumed,
         "seconds": seconds,
         "peak_memory": peak_memory(),
