@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -11,34 +11,38 @@ import numpy as np
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.measure import measure_of
-from lwf_lightning.study.statistics import Gain, gain_over, t_interval
+from lwf_lightning.study.statistics import Gain, t_interval
 from lwf_lightning.study.summary import compared_figure, compared_runs
 
-Pairs: TypeAlias = Mapping[tuple[str, str], tuple[float, float]]
-"""Of one cell: a method's run and the baseline's with the same seed -> their figures."""
+Pairs: TypeAlias = Mapping[int, tuple[Record, Record]]
+"""Of one cell: seed -> a method's run and the baseline's."""
 
 
 @dataclass(frozen=True)
 class Pooled:
     """A method over all cells where it and the baseline have runs.
 
+    Cells that share runs, such as those of a baseline that does not forget, are one group: they
+    rise and fall together. A seed counts in a group once all its cells have it.
+
     Attributes:
         method: Key of the method, or of the study's ``best_of``.
         cells: How many cells; those whose runs, of a ``best_of`` of all its ways, are all the same
             count once.
-        gain: Over all pairs of cell and seed; its ``seeds`` counts the pairs. As pairs of one cell
-            share its data, its interval is of these cells, with other seeds.
-        gain_of_cells: Mean of the cells' mean gains.
-        low: Lower end of its 95 % interval with the cells as the sample (Student's t): what other
-            cells may be like. NaN with one cell.
+        groups: How many groups they are, each of one cell where none shares a run.
+        gain: Mean of the groups' mean gains; its ``seeds`` counts the pairs of cell and seed. Its
+            interval takes as its sample, in each group, what a seed gains on average over the
+            group's cells: it is of these cells, with other seeds.
+        low: Lower end of the gain's 95 % interval with the groups as the sample (Student's t): what
+            other cells may be like. NaN with one group.
         high: Upper end.
         above: In how many pairs the method is better.
     """
 
     method: str
     cells: int
+    groups: int
     gain: Gain
-    gain_of_cells: float
     low: float
     high: float
     above: int
@@ -53,7 +57,6 @@ def pool(study: Study, records: Iterable[Record]) -> list[Pooled]:
     """
     if len(study.cells) < 2:
         return []
-    sign = measure_of(study.figure).sign
     runs = compared_runs(study, records).values()
     methods = [key for key in (*study.methods, *study.best_of) if key != study.baseline]
     lines = []
@@ -61,41 +64,73 @@ def pool(study: Study, records: Iterable[Record]) -> list[Pooled]:
         # Cells that share all their runs, as those of a method that does not forget, are one. Those
         # of a best_of are so only if all its ways are: what it picked may be shared by chance.
         different = {
-            tuple(tuple(_pairs(study, own[way], own[study.baseline])) for way in ways): pairs
+            tuple(_names(_pairs(own[way], own[study.baseline])) for way in ways): pairs
             for own in runs
-            if (pairs := _pairs(study, own[key], own[study.baseline]))
+            if (pairs := _pairs(own[key], own[study.baseline]))
             for ways in [study.best_of.get(key, [key])]
         }
-        lines.append(_pooled(key, sign, different.values()))
+        lines.append(_pooled(study, key, different.values()))
     return [line for line in lines if line is not None]
 
 
-def _pairs(study: Study, own: Iterable[Record], baseline: Iterable[Record]) -> Pairs:
+def _pairs(own: Iterable[Record], baseline: Iterable[Record]) -> Pairs:
     beside = {record["seed"]: record for record in baseline}
     return {
-        (record["run"], other["run"]): (
-            compared_figure(study, record),
-            compared_figure(study, other),
-        )
+        record["seed"]: (record, other)
         for record in own
         if (other := beside.get(record["seed"])) is not None
     }
 
 
-def _pooled(method: str, sign: int, cells: Iterable[Pairs]) -> Pooled | None:
-    figures = [sign * np.array(list(pairs.values())) for pairs in cells]
-    own, baseline = np.concatenate([np.empty((0, 2)), *figures]).T
-    gain = gain_over(dict(enumerate(own)), dict(enumerate(baseline)))
-    if gain is None:
+def _names(pairs: Pairs) -> frozenset[tuple[str, str]]:
+    return frozenset((record["run"], other["run"]) for record, other in pairs.values())
+
+
+def _groups(cells: Iterable[Pairs]) -> list[list[Pairs]]:
+    """The cells, those together that share runs, be it through a third."""
+    groups: list[tuple[set[str], list[Pairs]]] = []
+    for pairs in cells:
+        runs, members = {run for names in _names(pairs) for run in names}, [pairs]
+        apart = []
+        for group in groups:
+            if runs.isdisjoint(group[0]):
+                apart.append(group)
+            else:
+                runs, members = runs | group[0], [*group[1], *members]
+        groups = [*apart, (runs, members)]
+    return [members for _, members in groups]
+
+
+def _figures(study: Study, group: Sequence[Pairs]) -> np.ndarray:
+    """Cells x seeds that all of them have x (method, baseline); higher is better."""
+    seeds = sorted(set.intersection(*(set(pairs) for pairs in group)))
+    figures = [[[compared_figure(study, r) for r in pairs[s]] for s in seeds] for pairs in group]
+    return measure_of(study.figure).sign * np.array(figures)
+
+
+def _pooled(study: Study, method: str, cells: Iterable[Pairs]) -> Pooled | None:
+    figures = [f for group in _groups(cells) if (f := _figures(study, group)).size]
+    if not figures:
         return None
-    of_cells = np.array([np.mean(of_cell[:, 0] - of_cell[:, 1]) for of_cell in figures])
-    low, high, _ = t_interval(of_cells)
+    gains = [f[..., 0] - f[..., 1] for f in figures]
+    by_seed = [own.mean(axis=0) for own in gains]
+    of_groups = np.array([own.mean() for own in by_seed])
+    sign = measure_of(study.figure).sign
+    seeds_low, seeds_high, p_value = t_interval(np.concatenate(by_seed))
+    low, high, _ = t_interval(of_groups)
     return Pooled(
         method=method,
-        cells=len(figures),
-        gain=replace(gain, mean=sign * gain.mean),
-        gain_of_cells=float(of_cells.mean()),
+        cells=sum(len(own) for own in gains),
+        groups=len(gains),
+        gain=Gain(
+            seeds=sum(own.size for own in gains),
+            mean=sign * float(np.mean([f[..., 0].mean() for f in figures])),
+            gain=float(of_groups.mean()),
+            low=seeds_low,
+            high=seeds_high,
+            p_value=p_value,
+        ),
         low=low,
         high=high,
-        above=int(np.sum(own > baseline)),
+        above=sum(int(np.sum(own > 0)) for own in gains),
     )

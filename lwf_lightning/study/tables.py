@@ -125,14 +125,14 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
     rows = [
         (
             study.label(line.method),
-            str(line.cells),
+            f"{line.cells}" if line.cells == line.groups else f"{line.cells} in {line.groups}",
             str(line.gain.seeds),
             "" if math.isnan(line.gain.mean) else measure.told(line.gain.mean),
             *(
                 _interval(*(measure.told(value, "+") for value in values))
                 for values in (
                     (line.gain.gain, line.gain.low, line.gain.high),
-                    (line.gain_of_cells, line.low, line.high),
+                    (line.gain.gain, line.low, line.high),
                 )
             ),
             f"{line.above} of {line.gain.seeds}",
