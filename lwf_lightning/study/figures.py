@@ -47,7 +47,7 @@ def draw_all(
 ) -> Pictures:
     """Draws what there is to draw: a map, all cells together, and a set of pictures per cell."""
     folder = study.folder / "figures"
-    places, overall = gain_map(study, lines), gains(study, pooled, of="pairs of cell and seed")
+    places, overall = gain_map(study, lines), gains(study, pooled)
     pictures = Pictures(
         map=_save(places, folder / "map.png") if places else None,
         pooled=_save(overall, folder / "pooled.png") if overall else None,
@@ -82,10 +82,8 @@ TITLES = {
 }
 
 
-def gains(
-    study: Study, lines: Sequence[Line] | Sequence[Pooled], of: str = "seeds"
-) -> Figure | None:
-    """A dot and a 95 % interval per method, best first; ``of`` names what it is over."""
+def gains(study: Study, lines: Sequence[Line] | Sequence[Pooled]) -> Figure | None:
+    """A dot and a 95 % interval per method, best first; over all cells the one over cells, too."""
     shown = sorted(
         (line for line in lines if line.method != study.baseline),
         key=lambda line: -math.inf if math.isnan(line.gain.gain) else line.gain.gain,
@@ -99,6 +97,8 @@ def gains(
     for place, line in enumerate(shown):
         gain = line.gain
         colour = BLUE if line.method == study.ceiling else RED
+        if isinstance(line, Pooled) and not math.isnan(line.low):
+            axes.plot([factor * line.low, factor * line.high], [place, place], color=colour, lw=0.8)
         if not math.isnan(gain.low):
             axes.plot([factor * gain.low, factor * gain.high], [place, place], color=colour, lw=2)
         axes.plot(factor * gain.gain, place, "o", color=colour)
@@ -107,10 +107,14 @@ def gains(
     axes.set_ylim(-0.6, len(shown) - 0.4)
     seeds = sorted({line.gain.seeds for line in shown})
     told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    label = (
-        f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit} "
-        f"(mean and 95 % interval, {told} {of})"
+    what = (
+        f"mean of {told} pairs of cell and seed; thick: 95 % interval with other seeds, "
+        "thin: with other cells"
+        if isinstance(shown[0], Pooled)
+        else f"mean and 95 % interval, {told} seeds"
     )
+    compared = f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit}"
+    label = f"{compared} ({what})"
     axes.set_xlabel(textwrap.fill(label, 60))
     axes.grid(axis="x", alpha=0.3)
     return figure

@@ -72,8 +72,13 @@ def write_page(
         table = pooled_table(study, pooled)
         body.append(f"<h2>{html.escape(table.title)}</h2>" + _table(table.headings, table.rows))
         body.append(
-            '<p class="note">The first interval is of these cells with other seeds: pairs of one '
-            "cell share its data. The second takes the cells as the sample.</p>"
+            '<p class="note">The first interval says what other seeds may give in these same '
+            "cells; it is the thick one of the figure, and there is none where cells have one "
+            "seed. The second, the thin one, says what other cells may give. Cells that share "
+            "runs, such as the baseline's, rise and fall together: they are one observation of "
+            "the second, and the first takes their mean, seed by seed. The column of cells says "
+            "in how many such groups they are, where any share runs; the gain is the mean over "
+            "groups.</p>"
         )
     if pictures.pooled is not None:
         body.append(_picture("gain over all cells", pictures.pooled))

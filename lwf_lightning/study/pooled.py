@@ -11,7 +11,7 @@ import numpy as np
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.measure import measure_of
-from lwf_lightning.study.statistics import Gain, t_interval
+from lwf_lightning.study.statistics import Gain, stratified_interval, t_interval
 from lwf_lightning.study.summary import compared_figure, compared_runs
 
 Pairs: TypeAlias = Mapping[int, tuple[Record, Record]]
@@ -31,10 +31,11 @@ class Pooled:
             count once.
         groups: How many groups they are, each of one cell where none shares a run.
         gain: Mean of the groups' mean gains; its ``seeds`` counts the pairs of cell and seed. Its
-            interval takes as its sample, in each group, what a seed gains on average over the
-            group's cells: it is of these cells, with other seeds.
+            interval says what other seeds may give in these same cells: in each group the sample is
+            what a seed gains on average over its cells, and how far apart groups lie does not
+            count. NaN where a group has one seed.
         low: Lower end of the gain's 95 % interval with the groups as the sample (Student's t): what
-            other cells may be like. NaN with one group.
+            other cells may give. NaN with one group.
         high: Upper end.
         above: In how many pairs the method is better.
     """
@@ -116,7 +117,7 @@ def _pooled(study: Study, method: str, cells: Iterable[Pairs]) -> Pooled | None:
     by_seed = [own.mean(axis=0) for own in gains]
     of_groups = np.array([own.mean() for own in by_seed])
     sign = measure_of(study.figure).sign
-    seeds_low, seeds_high, p_value = t_interval(np.concatenate(by_seed))
+    seeds_low, seeds_high, p_value = stratified_interval(by_seed)
     low, high, _ = t_interval(of_groups)
     return Pooled(
         method=method,

@@ -99,6 +99,33 @@ def t_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(interval.low), float(interval.high), float(result.pvalue)
 
 
+def stratified_interval(groups: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """Ends of the 95 % interval of the mean of groups' means, and p of the test that it is 0.
+
+    The groups are given and each one's values are its sample, so that how far apart groups lie does
+    not count. Student's t with the degrees of freedom of Welch and Satterthwaite.
+
+    Args:
+        groups: The values of each group; they may differ in number.
+
+    Returns:
+        Low end, high end and p. Without spread the ends are the mean and p is NaN; all are NaN with
+        a group of less than two values, as nothing is known of its spread.
+    """
+    if not groups or any(len(group) < 2 for group in groups):
+        return float("nan"), float("nan"), float("nan")
+    mean = float(np.mean([group.mean() for group in groups]))
+    if all(_has_no_spread(group) for group in groups):
+        return mean, mean, float("nan")
+    squared = np.array([np.var(group, ddof=1) / len(group) for group in groups])
+    error = float(np.sqrt(squared.sum())) / len(groups)
+    freedom = squared.sum() ** 2 / sum(
+        part**2 / (len(group) - 1) for part, group in zip(squared, groups, strict=True)
+    )
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    return mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, freedom))
+
+
 def _share_interval(won: np.ndarray, gap: np.ndarray) -> tuple[float, float]:
     surely_above, _, _ = t_interval(gap)
     if not surely_above > 0 or (_has_no_spread(won) and _has_no_spread(gap)):

@@ -128,13 +128,10 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
             f"{line.cells}" if line.cells == line.groups else f"{line.cells} in {line.groups}",
             str(line.gain.seeds),
             "" if math.isnan(line.gain.mean) else measure.told(line.gain.mean),
-            *(
-                _interval(*(measure.told(value, "+") for value in values))
-                for values in (
-                    (line.gain.gain, line.gain.low, line.gain.high),
-                    (line.gain.gain, line.low, line.high),
-                )
+            _interval(
+                *(measure.told(v, "+") for v in (line.gain.gain, line.gain.low, line.gain.high))
             ),
+            _ends(measure.told(line.low, "+"), measure.told(line.high, "+")),
             f"{line.above} of {line.gain.seeds}",
         )
         for line in pooled
@@ -144,8 +141,8 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
         "cells",
         "pairs",
         _mean_heading(measure),
-        f"gain, {measure.unit}, over pairs of cell and seed [95 %]",
-        "gain over cells [95 %]",
+        f"gain, {measure.unit} [95 %, other seeds]",
+        "[95 %, other cells]",
         "better in",
     )
     return Table(f"all cells, against {study.label(study.baseline)}", headings, rows)
@@ -186,6 +183,8 @@ def _p_value(value: float) -> str:
 
 
 def _interval(value: str, low: str, high: str) -> str:
-    if "nan" in low:
-        return "" if "nan" in value else value
-    return f"{value} [{low}, {high}]"
+    return "" if "nan" in value else f"{value} {_ends(low, high)}".strip()
+
+
+def _ends(low: str, high: str) -> str:
+    return "" if "nan" in low else f"[{low}, {high}]"

@@ -16,13 +16,13 @@ from torch.testing import assert_close
 
 from lwf_lightning.study.command import report
 from lwf_lightning.study.config import Method, Study, Tuning
-from lwf_lightning.study.figures import costs, learning_curves
+from lwf_lightning.study.figures import costs, gains, learning_curves
 from lwf_lightning.study.matrix import Run, asked_for, best_way
 from lwf_lightning.study.missing import missing_runs
 from lwf_lightning.study.pooled import Pooled, pool
 from lwf_lightning.study.results import append_record, read_records
 from lwf_lightning.study.summary import summarize
-from lwf_lightning.study.tables import cells_of, headings_of, tables
+from lwf_lightning.study.tables import cells_of, headings_of, pooled_table, tables
 from lwf_lightning.study.workers import results_file
 
 VALIDATED = {("ahead", "a"): 0.9, ("beside", "a"): 0.5, ("ahead", "b"): 0.4, ("beside", "b"): 0.7}
@@ -190,12 +190,14 @@ def test_all_cells_together_as_computed_by_hand(given: dict[str, Any], figure: s
     assert (line.cells, line.gain.seeds) == (2, 6)
     assert line.above == sum(gain > 0 for of_cell in gains for gain in of_cell)
     assert_close(line.gain.mean, float(np.mean(own)))
-    for found, sample in (
-        ((line.gain.low, line.gain.high), np.ravel(gains)),
-        ((line.low, line.high), np.mean(gains, axis=1)),
-    ):
-        half = stats.t.ppf(0.975, len(sample) - 1) * stats.sem(sample)
-        assert_close(found, (sample.mean() - half, sample.mean() + half))
+    of_cells = np.mean(gains, axis=1)
+    half = stats.t.ppf(0.975, 1) * stats.sem(of_cells)
+    assert_close((line.low, line.high), (of_cells.mean() - half, of_cells.mean() + half))
+    # With other seeds in these cells: the spread within each of them alone.
+    squared = [np.var(of_cell, ddof=1) / 3 for of_cell in gains]
+    freedom = sum(squared) ** 2 / sum(part**2 / 2 for part in squared)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(sum(squared)) / 2
+    assert_close((line.gain.low, line.gain.high), (of_cells.mean() - half, of_cells.mean() + half))
 
 
 def test_cells_with_the_same_runs_count_once(given: dict[str, Any]) -> None:
@@ -239,6 +241,41 @@ def test_cells_weigh_alike_however_many_seeds_they_have(given: dict[str, Any]) -
 def test_one_cell_is_nothing_to_pool(given: dict[str, Any]) -> None:
     study = Study(**given | {"cells": {"a": {"model.name": "a"}}})
     assert pool(study, perform(study)) == []
+
+
+def test_with_one_seed_there_is_no_interval_over_seeds(given: dict[str, Any]) -> None:
+    study = Study(**given | {"seeds": [0]})
+    line = pooled_of(study, perform(study))["ahead"]
+    assert (line.cells, line.gain.seeds) == (2, 2)
+    assert math.isnan(line.gain.low)
+    assert line.low < line.gain.gain < line.high
+    figure = gains(study, [line])
+    assert figure is not None
+    assert _segments(figure) == [[100 * line.low, 100 * line.high]]
+    row = dict(zip(*_pooled_row(study, line), strict=True))
+    assert row["gain, points [95 %, other seeds]"] == f"{100 * line.gain.gain:+.1f}"
+    assert row["[95 %, other cells]"] == f"[{100 * line.low:+.1f}, {100 * line.high:+.1f}]"
+
+
+def test_both_intervals_are_drawn_and_named(given: dict[str, Any]) -> None:
+    study = Study(**given)
+    line = pooled_of(study, perform(study))["LWF"]
+    figure = gains(study, [line])
+    assert figure is not None
+    ends = ((line.low, line.high), (line.gain.low, line.gain.high))
+    assert _segments(figure) == [[100 * low, 100 * high] for low, high in ends]
+    label = figure.axes[0].get_xlabel().replace("\n", " ")
+    assert "thick: 95 % interval with other seeds, thin: with other cells" in label
+
+
+def _segments(figure: Any) -> list[list[float]]:
+    lines = [[float(x) for x in line.get_xdata()] for line in figure.axes[0].lines]
+    return [ends for ends in lines if len(ends) == 2 and ends != [0, 0]]
+
+
+def _pooled_row(study: Study, line: Pooled) -> tuple[Any, Any]:
+    table = pooled_table(study, [line])
+    return table.headings, table.rows[0]
 
 
 def test_with_one_pair_there_is_no_interval(given: dict[str, Any]) -> None:

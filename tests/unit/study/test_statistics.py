@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lwf_lightning.study.statistics import adjusted_p_values, gain_over
+from lwf_lightning.study.statistics import adjusted_p_values, gain_over, stratified_interval
 
 BASELINE = {0: 0.50, 1: 0.62, 2: 0.55, 3: 0.58}
 METHOD = {0: 0.61, 1: 0.63, 2: 0.66, 3: 0.60, 9: 0.99}
@@ -90,3 +90,34 @@ def test_adjustment_is_that_of_benjamini_and_hochberg() -> None:
     expected = [min(ranked[i:]) for i in range(len(p))]
     assert adjusted_p_values(p) == pytest.approx(expected)
     assert math.isnan(adjusted_p_values([float("nan")])[0])
+
+
+def test_the_mean_of_groups_has_welchs_interval() -> None:
+    """Of two groups as scipy has it: the sum is the difference to the negative of the other."""
+    first, second = np.array([0.11, 0.14, 0.12, 0.10]), np.array([-0.09, -0.06, -0.08])
+    welch = stats.ttest_ind(first, -second, equal_var=False)
+    low, high = welch.confidence_interval(0.95)
+    found = stratified_interval([first, second])
+    assert found == pytest.approx((low / 2, high / 2, welch.pvalue))
+    one = stratified_interval([first])
+    assert one == pytest.approx((*stats.t.interval(0.95, 3, first.mean(), stats.sem(first)),
+                                 stats.ttest_1samp(first, 0).pvalue))  # fmt: skip
+
+
+def test_groups_without_spread_or_with_one_value() -> None:
+    low, high, p_value = stratified_interval([np.full(2, 0.1), np.full(3, 0.3)])
+    assert (low, high) == pytest.approx((0.2, 0.2))
+    assert math.isnan(p_value)
+    for groups in ([np.array([0.1, 0.2]), np.array([0.1])], []):
+        assert all(math.isnan(value) for value in stratified_interval(groups))
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_of_groups_hold_their_mean_however_far_they_are_apart(seeds: int) -> None:
+    source = np.random.default_rng(0)
+    means, draws = np.array([12.0, -8.0, 3.0, 0.5]), 400
+    held = 0
+    for _ in range(draws):
+        low, high, _ = stratified_interval([*source.normal(means[:, None], 1.0, (4, seeds))])
+        held += low <= means.mean() <= high
+    assert 0.92 <= held / draws <= 0.98
