@@ -62,9 +62,9 @@ def write_page(
         f"<code>{html.escape(study.figure)}</code>{less}, with 95&nbsp;% intervals of Student's "
         "t; p is of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons "
         "of the study, without the ceiling, each counted once where cells share its runs. The "
-        "share of the gap has a bootstrap interval over seeds if the gap's own interval lies above "
-        "0. Time and memory are multiples of the baseline's medians, over runs that were not "
-        "resumed.</p>",
+        "share of the gap has Fieller's interval, and is a dash where the gap's own interval holds "
+        "0 or the ceiling is below the baseline: there may be nothing to win back. Time and memory "
+        "are multiples of the baseline's medians, over runs that were not resumed.</p>",
         *(f"<p>{html.escape(line)}</p>" for line in tuning_in_words(study)),
         *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]

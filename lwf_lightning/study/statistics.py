@@ -22,9 +22,12 @@ class Gain:
         p_value: Of the paired t-test, two-sided; NaN with one seed, or if the gain is the same with
             every seed but for rounding.
         recovered: Share of the gap between ceiling and baseline that the gain closes; None without
-            a ceiling. Below 0: the method made it worse.
-        recovered_low: Lower end of its 95 % bootstrap interval over seeds. NaN unless the gap's own
-            95 % interval (Student's t) lies above 0: a share of what may be nothing has no bounds.
+            a ceiling. Below 0: the method made it worse. NaN unless the gap's own 95 % interval
+            (Student's t) lies above 0: there may be nothing to have a share of. With one seed,
+            where it is unknown, the gap itself has to.
+        recovered_low: Lower end of its 95 % interval (Fieller's, of a ratio of paired means): the
+            shares of the gap that the gains do not contradict. Holds 0 if the gain's does. NaN with
+            one seed, or if neither gain nor gap has any spread.
         recovered_high: Upper end.
     """
 
@@ -69,9 +72,7 @@ def gain_over(
     if ceiling is not None and (both := [seed for seed in seeds if seed in ceiling]):
         won = np.array([method[seed] - baseline[seed] for seed in both])
         gap = np.array([ceiling[seed] - baseline[seed] for seed in both])
-        if gap.mean() > 0:
-            recovered = float(won.mean() / gap.mean())
-            share_low, share_high = _share_interval(won, gap)
+        recovered, share_low, share_high = _share(won, gap)
     return Gain(
         seeds=len(seeds),
         mean=float(own.mean()),
@@ -126,17 +127,22 @@ def stratified_interval(groups: Sequence[np.ndarray]) -> tuple[float, float, flo
     return mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, freedom))
 
 
-def _share_interval(won: np.ndarray, gap: np.ndarray) -> tuple[float, float]:
-    surely_above, _, _ = t_interval(gap)
-    if not surely_above > 0 or (_has_no_spread(won) and _has_no_spread(gap)):
-        return float("nan"), float("nan")
-    picked = np.random.default_rng(0).integers(len(won), size=(9999, len(won)))
-    won, gap = won[picked].mean(axis=1), gap[picked].mean(axis=1)
-    # A rare resample without a gap counts as beyond all others.
-    shares = np.copysign(np.inf, won)
-    np.divide(won, gap, out=shares, where=gap > 0)
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return float(low), float(high)
+def _share(won: np.ndarray, gap: np.ndarray) -> tuple[float, float, float]:
+    """Ratio of the means with the ends of Fieller's interval."""
+    nothing = float("nan")
+    gap_low, _, _ = t_interval(gap)
+    if gap.mean() <= 0 or gap_low <= 0:
+        return nothing, nothing, nothing
+    share = float(won.mean() / gap.mean())
+    if len(gap) < 2 or (_has_no_spread(won) and _has_no_spread(gap)):
+        return share, nothing, nothing
+    # The shares s at which the mean of won - s gap is not clear of 0: a s² - 2 b s + c <= 0. As the
+    # gap's own interval lies above 0, a does, and they are an interval.
+    means = np.array([won.mean(), gap.mean()])
+    allowed = stats.t.ppf(0.975, len(gap) - 1) ** 2 / len(gap)
+    (c, b), (_, a) = np.outer(means, means) - allowed * np.cov(won, gap)
+    half = float(np.sqrt(max(b**2 - a * c, 0.0)))  # rounding may take a 0 below
+    return share, float((b - half) / a), float((b + half) / a)
 
 
 def _has_no_spread(values: np.ndarray) -> bool:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.measure import Measure, measure_of
 from lwf_lightning.study.pooled import Pooled
+from lwf_lightning.study.statistics import Gain
 from lwf_lightning.study.summary import Line
+
+NO_SHARE = "-"
+"""Stands where there may be no gap to have a share of."""
+_WHY_NO_SHARE = (
+    f"No share ({NO_SHARE}): the gap's own 95 % interval holds 0, or the ceiling is below the "
+    "baseline, so that there may be nothing to win back."
+)
 
 
 def headings_of(study: Study) -> tuple[str, ...]:
@@ -47,11 +55,7 @@ def cells_of(study: Study, line: Line) -> tuple[str, ...]:
         "" if math.isnan(gain.mean) else told(gain.mean),
         "" if is_baseline else _interval(*(told(v, "+") for v in (gain.gain, gain.low, gain.high))),
         "" if is_baseline else _p_value(line.adjusted_p_value),
-        ""
-        if is_baseline or gain.recovered is None
-        else _interval(
-            *(f"{v:.2f}" for v in (gain.recovered, gain.recovered_low, gain.recovered_high))
-        ),
+        "" if is_baseline else _share(gain),
         *("" if math.isnan(value) else f"{value:.2f}" for value in (line.seconds, line.memory)),
         (f"{study.label(line.way)}: " if line.way else "")
         + ", ".join(
@@ -160,6 +164,8 @@ def markdown(study: Study, lines: Sequence[Line], pooled: Sequence[Pooled] = ())
             for table in tables(study, own):
                 parts += [f"### {table.title}", ""] if table.title else []
                 parts += [*markdown_table(table.headings, table.rows), ""]
+                if any(NO_SHARE in row for row in table.rows):
+                    parts += [_WHY_NO_SHARE, ""]
     return "\n".join(parts)
 
 
@@ -174,6 +180,16 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 
 def _mean_heading(measure: Measure) -> str:
     return "mean" if measure.sign > 0 else f"mean, {measure.unit}, lower is better"
+
+
+def _share(gain: Gain) -> str:
+    if gain.recovered is None:
+        return ""
+    if math.isnan(gain.recovered):
+        return NO_SHARE
+    return _interval(
+        *(f"{v:.2f}" for v in (gain.recovered, gain.recovered_low, gain.recovered_high))
+    )
 
 
 def _p_value(value: float) -> str:

@@ -16,7 +16,7 @@ from lwf_lightning.study.page import write_page
 from lwf_lightning.study.pooled import pool
 from lwf_lightning.study.statistics import adjusted_p_values, gain_over
 from lwf_lightning.study.summary import summarize
-from lwf_lightning.study.tables import cells_of, headings_of, pooled_table, tables
+from lwf_lightning.study.tables import cells_of, headings_of, markdown, pooled_table, tables
 
 FIGURES = {
     "vanilla": [0.50, 0.55, 0.48, 0.52],
@@ -86,6 +86,20 @@ def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
     write_page(study, own, [], [], [], Pictures(None, None, {}), tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert "in nats of <code>test/loss</code>, of which less is better" in page
+
+
+def test_a_ceiling_that_is_not_surely_above_leaves_a_dash(tmp_path: Path) -> None:
+    study, found = make(output=str(tmp_path)), records()
+    for record in found:
+        if record["method"] == "twin":
+            record["figures"] = {"test/accuracy": 0.55 if record["seed"] else 0.45}
+    lines = summarize(study, found)
+    shares = {line.method: cells_of(study, line)[5] for line in lines}
+    assert shares == {"vanilla": "", "one": "-", "two": "-", "twin": "-"}
+    write_page(study, lines, [], [], [], Pictures(None, None, {}), tmp_path / "index.html")
+    assert "a dash" in (tmp_path / "index.html").read_text()
+    assert markdown(study, lines).count("No share (-): the gap's own") == 1
+    assert "No share" not in markdown(study, summarize(study, records()))
 
 
 def test_a_page_names_all_versions_and_keeps_the_pictures_of_cells_apart(tmp_path: Path) -> None:
