@@ -90,7 +90,7 @@ def gains(study: Study, lines: Sequence[Line] | Sequence[Pooled]) -> Figure | No
     )
     if not shown:
         return None
-    figure = _figure(8, 0.9 + 0.32 * len(shown))
+    names, figure = _rows([study.label(line.method) for line in shown])
     axes = figure.subplots()
     measure = measure_of(study.figure)
     factor = measure.factor
@@ -98,21 +98,25 @@ def gains(study: Study, lines: Sequence[Line] | Sequence[Pooled]) -> Figure | No
         gain = line.gain
         colour = BLUE if line.method == study.ceiling else RED
         if isinstance(line, Pooled) and not math.isnan(line.low):
-            axes.plot([factor * line.low, factor * line.high], [place, place], color=colour, lw=0.8)
+            ends = [factor * line.low, factor * line.high]  # ticks: it may lie within the other
+            axes.plot(ends, [place, place], color=colour, lw=0.8, marker="|", ms=10)
         if not math.isnan(gain.low):
             axes.plot([factor * gain.low, factor * gain.high], [place, place], color=colour, lw=2)
-        axes.plot(factor * gain.gain, place, "o", color=colour)
+        inside = "white" if math.isnan(gain.low) else colour  # or it would look like a sure gain
+        axes.plot(factor * gain.gain, place, "o", color=colour, mfc=inside)
     axes.axvline(0, color=GREY, lw=1, ls="--")
-    axes.set_yticks(range(len(shown)), [study.label(line.method) for line in shown])
+    axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     seeds = sorted({line.gain.seeds for line in shown})
     told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     what = (
         f"mean of {told} pairs of cell and seed; thick: 95 % interval with other seeds, "
-        "thin: with other cells"
+        "thin, between ticks: with other cells"
         if isinstance(shown[0], Pooled)
         else f"mean and 95 % interval, {told} seeds"
     )
+    if any(math.isnan(line.gain.low) and not math.isnan(line.gain.gain) for line in shown):
+        what += "; hollow: no interval with one seed"
     compared = f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit}"
     label = f"{compared} ({what})"
     axes.set_xlabel(textwrap.fill(label, 60))
@@ -211,9 +215,8 @@ def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
 def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
     """Time and memory as multiples of the baseline's, of each method once."""
     lines = [line for line in lines if line.way is None]
-    figure = _figure(8, 0.9 + 0.32 * len(lines))
+    names, figure = _rows([study.label(line.method) for line in lines])
     left, right = figure.subplots(1, 2, sharey=True)
-    names = [study.label(line.method) for line in lines]
     for axes, values, title in (
         (left, [line.seconds for line in lines], "time of a run"),
         (right, [line.memory for line in lines], "peak memory of a run"),
@@ -221,7 +224,8 @@ def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
         bars = axes.barh(names, values, color=GREY)
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         axes.axvline(1, color="black", lw=1, ls="--")
-        axes.set_xlabel(f"{title}, multiple of {study.label(study.baseline)}", fontsize=8)
+        told = f"{title}, multiple of {study.label(study.baseline)}"
+        axes.set_xlabel(textwrap.fill(told, 40), fontsize=8)
         axes.set_xlim(0, 1.15 * max((v for v in values if not math.isnan(v)), default=1.0))
     left.invert_yaxis()
     return figure
@@ -257,6 +261,13 @@ def _save(figure: Figure, path: Path) -> Path:
 def _mean(curve: Mapping[int, Sequence[float]]) -> tuple[list[int], list[float]]:
     steps = sorted(curve)
     return steps, [fmean(curve[step]) for step in steps]
+
+
+def _rows(labels: Sequence[str]) -> tuple[list[str], Figure]:
+    """The labels in lines that leave half of a figure's width, and one as high as they need."""
+    names = [textwrap.fill(label, 40) for label in labels]
+    lines = max((name.count("\n") for name in names), default=0)
+    return names, _figure(8, 0.9 + (0.32 + 0.17 * lines) * len(names))
 
 
 def _panels(count: int, shared: bool = False) -> tuple[Figure, list[Axes]]:

@@ -33,7 +33,12 @@ def gain_map(study: Study, lines: Sequence[Line]) -> Figure | None:
 
     columns = min(2, len(study.map))
     rows = math.ceil(len(study.map) / columns)
-    figure = Figure(figsize=(4.3 * columns + 0.5, 2.7 * rows + 0.7), layout="constrained")
+    names = [textwrap.fill(study.label(method), 30) for method in methods]
+    beside = min(len(names), 2 * columns)  # two entries of the legend are as wide as a panel
+    deep = math.ceil(len(names) / beside) * max(name.count("\n") + 1 for name in names)
+    figure = Figure(
+        figsize=(4.3 * columns + 0.5, 2.7 * rows + 0.5 + 0.15 * deep), layout="constrained"
+    )
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axes, (factor, places) in zip(grid, study.map.items(), strict=False):
         _panel(axes, study, methods, places, gains)
@@ -42,14 +47,15 @@ def gain_map(study: Study, lines: Sequence[Line]) -> Figure | None:
         axes.set_axis_off()
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8
+        handles, labels, loc="outside upper center", ncols=beside, frameon=False, fontsize=8
     )
     measure = measure_of(study.figure)
-    figure.supylabel(
+    told = (
         f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit} "
-        "(mean and 95 % interval)",
-        fontsize=9,
+        "(mean and 95 % interval)"
     )
+    for axes in grid[::columns]:
+        axes.set_ylabel(textwrap.fill(told, 34), fontsize=9)
     return figure
 
 

@@ -74,11 +74,11 @@ def write_page(
         body.append(
             '<p class="note">The first interval says what other seeds may give in these same '
             "cells; it is the thick one of the figure, and there is none where cells have one "
-            "seed. The second, the thin one, says what other cells may give. Cells that share "
-            "runs, such as the baseline's, rise and fall together: they are one observation of "
-            "the second, and the first takes their mean, seed by seed. The column of cells says "
-            "in how many such groups they are, where any share runs; the gain is the mean over "
-            "groups.</p>"
+            "seed. The second, the thin one between ticks, says what other cells may give. Cells "
+            "that share runs, such as the baseline's, rise and fall together: they are one "
+            "observation of the second, and the first takes their mean, seed by seed. The column "
+            "of cells says in how many such groups they are, where any share runs; the gain is "
+            "the mean over groups.</p>"
         )
     if pictures.pooled is not None:
         body.append(_picture("gain over all cells", pictures.pooled))

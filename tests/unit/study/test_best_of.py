@@ -265,7 +265,7 @@ def test_both_intervals_are_drawn_and_named(given: dict[str, Any]) -> None:
     ends = ((line.low, line.high), (line.gain.low, line.gain.high))
     assert _segments(figure) == [[100 * low, 100 * high] for low, high in ends]
     label = figure.axes[0].get_xlabel().replace("\n", " ")
-    assert "thick: 95 % interval with other seeds, thin: with other cells" in label
+    assert "thick: 95 % interval with other seeds, thin, between ticks: with other cells" in label
 
 
 def _segments(figure: Any) -> list[list[float]]:

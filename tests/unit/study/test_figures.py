@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from lwf_lightning.study.config import Method, Study
-from lwf_lightning.study.figures import confidences, gains, learning_curves
-from lwf_lightning.study.summary import summarize
+from lwf_lightning.study.figures import confidences, costs, gains, learning_curves
+from lwf_lightning.study.map import gain_map
+from lwf_lightning.study.summary import Line, summarize
 
 
 @pytest.fixture
@@ -45,6 +48,54 @@ def test_a_gain_that_is_no_number_stands_last(study: Study) -> None:
     assert figure is not None
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert shown == ["other", "npo", "lwf"]  # from below
+
+
+def drawn_with_long_labels(study: Study, seeds: int = 2) -> tuple[Study, list[Line]]:
+    """Six methods of long names: gains of 0, 10, ... points, the same with every seed."""
+    label = (
+        "before every step, nothing rehearsed, beside a pull to the base weights that is strong: "
+    )
+    methods = {name: Method(label=label + name) for name in study.methods}
+    study = replace(study, methods=methods, map={"size": {"a": 1.0}})
+    records = [
+        record(study, method, seed, figures={"test/accuracy": 0.1 * place + 0.01 * seed},
+               setting={}, seconds=1.0, peak_memory=1)
+        for place, method in enumerate(study.methods)
+        for seed in range(seeds)
+    ]  # fmt: skip
+    return study, summarize(study, records)
+
+
+def assert_inside(figure: Figure | None) -> None:
+    """Everything that is drawn lies in the figure, and each axes has more than half its width."""
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    width, height = figure.bbox.size
+    box = figure.get_tightbbox(renderer)
+    dots = figure.dpi
+    assert box.x0 * dots >= 0
+    assert box.y0 * dots >= 0
+    assert box.x1 * dots <= width
+    assert box.y1 * dots <= height
+    assert sum(axes.bbox.width for axes in figure.axes) > 0.5 * width
+    assert all(axes.bbox.height > 100 for axes in figure.axes)
+
+
+@pytest.mark.parametrize("drawing", [gains, costs, gain_map])
+def test_long_labels_neither_leave_the_figure_nor_crush_it(study: Study, drawing: Any) -> None:
+    assert_inside(drawing(*drawn_with_long_labels(study)))
+
+
+def test_a_gain_of_one_seed_is_hollow_and_a_constant_one_is_not(study: Study) -> None:
+    for seeds, hollow in ((1, True), (2, False)):
+        figure = gains(*drawn_with_long_labels(study, seeds))
+        assert figure is not None
+        dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+        assert [dot.get_markerfacecolor() == "white" for dot in dots] == [hollow] * 5
+        assert (
+            "hollow: no interval with one seed" in figure.axes[0].get_xlabel().replace("\n", " ")
+        ) == hollow
 
 
 def write_scores(folder: str, confidence: dict[str, float], chosen: set[str]) -> None:

@@ -82,7 +82,7 @@ def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
     own = list(lines.values())
     pictures = [gains(study, own), gain_map(study, own)]
     assert pictures[0].axes[0].get_xlabel().startswith(axis)
-    assert pictures[1].get_supylabel().startswith(axis)
+    assert pictures[1].axes[0].get_ylabel().startswith(axis)
     write_page(study, own, [], [], [], Pictures(None, None, {}), tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert "in nats of <code>test/loss</code>, of which less is better" in page
