@@ -58,13 +58,17 @@ def write_page(
     body = [
         f"<h1>Study: {html.escape(study.name)}</h1>",
         f'<p class="note">{html.escape(_provenance(study, records))}</p>',
-        f"<p>Gains are differences to the baseline, seed by seed, in {measure.unit} of "
-        f"<code>{html.escape(study.figure)}</code>{less}, with 95&nbsp;% intervals of Student's "
-        "t; p is of the paired t-test, adjusted after Benjamini and Hochberg for all comparisons "
-        "of the study, without the ceiling, each counted once where cells share its runs. The "
-        "share of the gap has Fieller's interval, and is a dash where the gap's own interval holds "
-        "0 or the ceiling is below the baseline: there may be nothing to win back. Time and memory "
-        "are multiples of the baseline's medians, over runs that were not resumed.</p>",
+        f"<p>Gains are differences to {html.escape(study.label(study.baseline))}, seed by seed, in "
+        f"{measure.unit} of <code>{html.escape(study.figure)}</code>{less}, with 95&nbsp;% "
+        "intervals of Student's t; p is of the paired t-test, adjusted after Benjamini and "
+        "Hochberg for all comparisons of the study, without the ceiling, each counted once where "
+        "cells share its runs. The share of the gap has Fieller's interval, and is a dash where "
+        "the gap's own interval holds 0 or the ceiling is below the baseline: there may be nothing "
+        "to win back.</p>",
+        "<p>Time and memory are multiples of the baseline's: of the median seconds of a run, "
+        "counting with the others the one that elicits texts for them, and of the median peak "
+        "resident memory of the whole process, Python and torch included; runs that were resumed "
+        "count in neither.</p>",
         *(f"<p>{html.escape(line)}</p>" for line in tuning_in_words(study)),
         *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]

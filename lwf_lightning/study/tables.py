@@ -153,8 +153,10 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
 
 
 def markdown(study: Study, lines: Sequence[Line], pooled: Sequence[Pooled] = ()) -> str:
-    """All tables of a study: all cells together where there are several, then cell by cell."""
-    parts = []
+    """What is compared with what, all cells together where there are several, then each cell."""
+    less = "" if measure_of(study.figure).sign > 0 else ", of which less is better"
+    compared = f"{study.figure}{less}; gains are against {study.label(study.baseline)}."
+    parts = [f"# Study: {study.name}", "", compared, ""]
     if pooled:
         table = pooled_table(study, pooled)
         parts += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]

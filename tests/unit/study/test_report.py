@@ -124,6 +124,20 @@ def test_a_report_names_what_is_missing(given: dict[str, Any]) -> None:
         assert f"Not there yet: vanilla: the comparison lacks 1: {last.identity}" in told
 
 
+@pytest.mark.parametrize("baseline", ["vanilla", "lwf"])
+def test_results_say_of_what_they_are(given: dict[str, Any], baseline: str) -> None:
+    one_cell = {"cells": {"a-b": given["cells"]["a-b"]}, "baseline": baseline}
+    study = Study(**given | one_cell)
+    perform(study)
+    report(study, Console(quiet=True))
+    told = (study.folder / "results.md").read_text().splitlines()
+    assert told[:3] == ["# Study: small", "", f"test/accuracy; gains are against {baseline}."]
+    page = (study.folder / "index.html").read_text()
+    assert f"Gains are differences to {baseline}, seed by seed" in page
+    assert "median seconds" in page
+    assert "peak resident memory of the whole process, Python and torch included" in page
+
+
 @pytest.mark.parametrize("flag", ["--flops", "--data_dir"])
 def test_what_only_check_reads_is_refused_without_it(
     given: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]
