@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lwf_lightning.cli import main as command_line
-from lwf_lightning.demo.report import DemoRun, draw, save_rows
+from lwf_lightning.demo.report import DemoRun, draw, save_rows, verdict
 from lwf_lightning.demo.world import ASSETS
 from lwf_lightning.forgetting.planted import confidence_by_part
 
@@ -65,10 +65,7 @@ def main() -> None:
     console.print()
     console.print(_table(runs))
     vanilla, lwf, twin = (run.test["test/accuracy"] for run in runs)
-    console.print(
-        f"Negative transfer: {100 * (twin - vanilla):.1f} points; LWF wins back "
-        f"{100 * (lwf - vanilla):.1f} of them (one seed; see docs/results.md for several)."
-    )
+    console.print(f"{verdict(vanilla, lwf, twin)} (one seed; see docs/results.md for several).")
     console.print(f"Area under the ROC curve of 'outdated' by confidence: {scores.area:.2f}")
     console.print(f"Run folder: {folder}", soft_wrap=True)
     console.print(f"Picture:    {picture}", soft_wrap=True)

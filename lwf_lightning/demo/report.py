@@ -36,6 +36,26 @@ def save_rows(runs: Sequence[DemoRun], path: Path) -> None:
     write_jsonl(path, ({"run": run.name, "folder": str(run.folder), **run.test} for run in runs))
 
 
+def verdict(vanilla: float, lwf: float, twin: float) -> str:
+    """What LWF wins back of what plain fine-tuning lacks to the clean twin, in words.
+
+    Args:
+        vanilla: Accuracy of plain fine-tuning, in [0, 1].
+        lwf: That of LWF.
+        twin: That of the clean twin.
+    """
+    lacking, won = 100 * (twin - vanilla), 100 * (lwf - vanilla)
+    if lacking <= 0:
+        return (
+            f"No negative transfer: the clean twin is {abs(lacking):.1f} points below plain "
+            f"fine-tuning; LWF is {abs(won):.1f} points {'below' if won < 0 else 'above'} it"
+        )
+    told = f"Negative transfer: {lacking:.1f} points; LWF wins back "
+    if won < 0:
+        return f"{told}none of them: it is {-won:.1f} points below plain fine-tuning"
+    return f"{told}{won:.1f} of them"
+
+
 def draw(runs: Sequence[DemoRun], scores: PartScores, path: Path) -> None:
     """Draws accuracies, learning curves and confidences side by side, as a PNG."""
     from matplotlib.figure import Figure

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lwf_lightning.demo.report import DemoRun, draw
+import pytest
+
+from lwf_lightning.demo.report import DemoRun, draw, verdict
 from lwf_lightning.forgetting.planted import confidence_by_part
 
 
@@ -33,3 +35,19 @@ def test_scores_are_joined_with_their_parts_and_drawn(tmp_path: Path) -> None:
     assert run.curve("val/accuracy") == ([0, 1], [0.1, 0.5])
     draw([run], joined, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("vanilla", "lwf", "twin", "told"),
+    [
+        (0.4, 0.9, 0.95, "Negative transfer: 55.0 points; LWF wins back 50.0 of them"),
+        (0.4, 0.3, 0.95, "Negative transfer: 55.0 points; LWF wins back none of them: it is 10.0 "
+                         "points below plain fine-tuning"),
+        (0.4, 0.5, 0.4, "No negative transfer: the clean twin is 0.0 points below plain "
+                        "fine-tuning; LWF is 10.0 points above it"),
+        (0.4, 0.3, 0.2, "No negative transfer: the clean twin is 20.0 points below plain "
+                        "fine-tuning; LWF is 10.0 points below it"),
+    ],
+)  # fmt: skip
+def test_a_loss_is_no_gain_in_words(vanilla: float, lwf: float, twin: float, told: str) -> None:
+    assert verdict(vanilla, lwf, twin) == told
