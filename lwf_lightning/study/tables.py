@@ -126,10 +126,11 @@ def _percent(accuracies: Mapping[str, tuple[float, float]], task: str) -> list[s
 def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
     """The methods over all cells together."""
     measure = measure_of(study.figure)
+    shared = any(line.groups < line.cells for line in pooled)
     rows = [
         (
             study.label(line.method),
-            f"{line.cells}" if line.cells == line.groups else f"{line.cells} in {line.groups}",
+            f"{line.cells} in {line.groups}" if shared else f"{line.cells}",
             str(line.gain.seeds),
             "" if math.isnan(line.gain.mean) else measure.told(line.gain.mean),
             _interval(
@@ -142,7 +143,7 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
     ]
     headings = (
         "method",
-        "cells",
+        "cells" + (" in groups that share runs" if shared else ""),
         "pairs",
         _mean_heading(measure),
         f"gain, {measure.unit} [95 %, other seeds]",

@@ -13,6 +13,7 @@ from scipy import stats
 from lwf_lightning.study.config import Method, Study
 from lwf_lightning.study.matrix import Run, comparison_runs
 from lwf_lightning.study.pooled import Pooled, pool
+from lwf_lightning.study.tables import pooled_table
 
 TASKS, FORGOTTEN, SEEDS = 4, 5, 3
 
@@ -86,6 +87,8 @@ def test_cells_that_share_runs_are_one_observation(
         by_hand, above = -by_hand, TASKS * FORGOTTEN * SEEDS - above
     assert (line.groups, line.gain.seeds) == (TASKS, TASKS * FORGOTTEN * SEEDS)
     assert line.cells == TASKS * FORGOTTEN
+    table = pooled_table(against, [line])
+    assert (table.headings[1], table.rows[0][1]) == ("cells in groups that share runs", "20 in 4")
     assert line.above == above
     assert line.gain.gain == pytest.approx(by_hand.mean())
     assert (line.low, line.high) == pytest.approx(t_interval_of(by_hand.mean(axis=1)))
