@@ -145,9 +145,8 @@ def report(study: Study, console: Console) -> None:
         console.print("\n".join([*missing, _why_nothing(study, records)]), soft_wrap=True)
         return
     pooled = pool(study, records)
-    told = markdown(study, lines, pooled)
-    absent = (f"- Not there yet: {line}" for line in missing)
-    table = "\n".join([*absent, *(f"{line}\n" for line in tuning_in_words(study)), told])
+    head = [*tuning_in_words(study), *(f"Not there yet: {line}" for line in missing)]
+    table = markdown(study, lines, pooled, head)
     with whole_file(study.folder / "results.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
     pictures = draw_all(study, lines, pooled, records)

@@ -80,7 +80,7 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         )
     if chosen_by not in curves:
         raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
-    if curves[chosen_by][0][-1] == 0 < steps:
+    if run.stage == "tuning" and curves[chosen_by][0][-1] == 0 < steps:
         raise ValueError(untrained(run, steps))
     shutil.rmtree(log / "checkpoints", ignore_errors=True)
     return {

@@ -22,9 +22,9 @@ class Gain:
         p_value: Of the paired t-test, two-sided; NaN with one seed, or if the gain is the same with
             every seed but for rounding.
         recovered: Share of the gap between ceiling and baseline that the gain closes; None without
-            a ceiling. Below 0: the method made it worse. NaN unless the gap's own 95 % interval
-            (Student's t) lies above 0: there may be nothing to have a share of. With one seed,
-            where it is unknown, the gap itself has to.
+            a ceiling, or with a run of it that diverged. Below 0: the method made it worse. NaN
+            unless the gap's own 95 % interval (Student's t) lies above 0: there may be nothing to
+            have a share of. With one seed, where it is unknown, the gap itself has to.
         recovered_low: Lower end of its 95 % interval (Fieller's, of a ratio of paired means): the
             shares of the gap that the gains do not contradict. Holds 0 if the gain's does. NaN with
             one seed, or if neither gain nor gap has any spread.
@@ -72,7 +72,8 @@ def gain_over(
     if ceiling is not None and (both := [seed for seed in seeds if seed in ceiling]):
         won = np.array([method[seed] - baseline[seed] for seed in both])
         gap = np.array([ceiling[seed] - baseline[seed] for seed in both])
-        recovered, share_low, share_high = _share(won, gap)
+        if not np.isnan(gap).any():  # else a run of the ceiling diverged
+            recovered, share_low, share_high = _share(won, gap)
     return Gain(
         seeds=len(seeds),
         mean=float(own.mean()),

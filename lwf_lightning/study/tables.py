@@ -153,11 +153,21 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
     return Table(f"all cells, against {study.label(study.baseline)}", headings, rows)
 
 
-def markdown(study: Study, lines: Sequence[Line], pooled: Sequence[Pooled] = ()) -> str:
-    """What is compared with what, all cells together where there are several, then each cell."""
+def markdown(
+    study: Study, lines: Sequence[Line], pooled: Sequence[Pooled] = (), notes: Sequence[str] = ()
+) -> str:
+    """What is compared with what, all cells together where there are several, then each cell.
+
+    Args:
+        study: The study.
+        lines: A line per cell and method.
+        pooled: Those of all cells together.
+        notes: What else its head says, a paragraph each.
+    """
     less = "" if measure_of(study.figure).sign > 0 else ", of which less is better"
     compared = f"{study.figure}{less}; gains are against {study.label(study.baseline)}."
     parts = [f"# Study: {study.name}", "", compared, ""]
+    parts += [line for note in notes for line in (note, "")]
     if pooled:
         table = pooled_table(study, pooled)
         parts += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
@@ -186,7 +196,7 @@ def _mean_heading(measure: Measure) -> str:
 
 
 def _share(gain: Gain) -> str:
-    if gain.recovered is None:
+    if gain.recovered is None or math.isnan(gain.gain):
         return ""
     if math.isnan(gain.recovered):
         return NO_SHARE

@@ -36,13 +36,17 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def check_validations(found: Iterable[Validated]) -> list[str]:
-    """Warnings of runs that learn on after their last validation, a line for those that are alike.
+    """Warnings of trials that learn on after their last validation, a line for those alike.
+
+    Runs that are compared are judged by their test.
 
     Raises:
-        ValueError: If a run would learn, but not be validated after that; names it.
+        ValueError: If a trial would learn, but not be validated after that; names it.
     """
     early: dict[tuple[int, int], list[Run]] = {}
     for one in found:
+        if one.run.stage != "tuning":
+            continue
         if one.steps and not one.last:
             raise ValueError(f"{one.run.identity}: {untrained(one.run, one.steps)}")
         if one.last < one.steps:

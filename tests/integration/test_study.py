@@ -125,7 +125,8 @@ def test_a_run_that_is_validated_before_training_alone_fails(study: Study) -> No
     first = {"class_path": "lwf_lightning.callbacks.ValidateFirst"}
     changes: dict[str, Any] = {"model.schedule": "never", "trainer.callbacks": first}
     changes |= {"trainer.val_check_interval": None, "trainer.check_val_every_n_epoch": 1}
-    given = {**vars(study), "tuning": None, "methods": {"vanilla": Method(changes)}}
+    tuning = Tuning(trials=1, seeds=[7])
+    given = {**vars(study), "tuning": tuning, "methods": {"vanilla": Method(changes)}}
     short = Study(**given)
     told = "trainer.val_check_interval is 1 epoch, but the run ends at step 2"
     assert told in perform_once(short, missing_runs(short)[0])

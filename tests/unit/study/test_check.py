@@ -178,7 +178,8 @@ def test_a_run_that_is_validated_before_training_alone_is_refused(
 ) -> None:
     study.cells["b"] |= {"data.batch_size": 4, "trainer.max_steps": 5}  # it validates after 6
     file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(asdict(study) | {"output": str(tmp_path)}))
+    tuning = {"trials": 1, "seeds": [7]}
+    file.write_text(yaml.safe_dump(asdict(study) | {"output": str(tmp_path), "tuning": tuning}))
     with pytest.raises(SystemExit):
         command.main(["--config", str(file), "--check", "--data_dir", str(data_folder)])
     told = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def test_runs_that_learn_on_after_their_last_validation_are_told_once() -> None:
     assert told.startswith("Warning: 2 runs of lwf are validated last at step 30 of 45")
 
 
+def test_runs_that_are_compared_may_do_without() -> None:
+    short = replace(run(max_steps=12), stage="comparison")
+    assert check_validations(by_configuration([short])) == []
+
+
 def test_what_a_configuration_leaves_open_is_left_to_the_fit() -> None:
     runs = [
         run(max_steps=12, check_val_every_n_epoch=1),
@@ -76,7 +82,8 @@ def test_a_study_says_so_before_it_performs_anything(
     base, file = tmp_path / "base.yaml", tmp_path / "study.yaml"
     base.write_text(yaml.safe_dump({"trainer": trainer}))
     study = {"name": "n", "base": str(base), "output": str(tmp_path), "methods": {"vanilla": {}}}
-    file.write_text(yaml.safe_dump({**study, "cells": {"a": {}}, "seeds": [0]}))
+    tuning = {"trials": 1, "seeds": [7]}
+    file.write_text(yaml.safe_dump({**study, "cells": {"a": {}}, "seeds": [0], "tuning": tuning}))
     command.main(["--config", str(file), "--list"])
     name = capsys.readouterr().out.split()[0]
     with pytest.raises(SystemExit):
