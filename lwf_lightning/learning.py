@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -31,6 +30,7 @@ from lwf_lightning.regularizers import (
     prompt_features,
 )
 from lwf_lightning.shards import in_step
+from lwf_lightning.step_state import StepStateMixin
 from lwf_lightning.token_forgetting import TokenForgetting
 from lwf_lightning.vocabulary import check_ids
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class LearningMixin(L.LightningModule):
+class LearningMixin(StepStateMixin):
     """The learning half of :class:`~lwf_lightning.LWFModule`: one step on the learning task."""
 
     model: PreTrainedModel
@@ -95,6 +95,7 @@ class LearningMixin(L.LightningModule):
         norm = clip_gradients(self.model.parameters(), self.hparams["max_grad_norm"])
         if self._is_finite(sum(figures.values(), norm), "learning"):
             rate = optimizer.param_groups[0]["lr"]
+            self.changes_weights()
             optimizer.step()
             if (schedule := cast(Any, self.lr_schedulers())) is not None:
                 schedule.step()

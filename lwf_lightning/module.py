@@ -49,7 +49,6 @@ from lwf_lightning.optimization import (
     take_arguments,
     take_peak_rates,
 )
-from lwf_lightning.random_state import random_state, restore_random_state
 from lwf_lightning.regularizers import RegularizerName, WeightPull, build_regularizer
 from lwf_lightning.shards import mesh_of, sharded_like
 from lwf_lightning.token_forgetting import LearningLossName, build_learning_loss
@@ -170,12 +169,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         self.regularizer = (
             None if regularizer is None else build_regularizer(regularizer, regularizer_options)
         )
-        self.unlearning_steps = 0
-        self.skipped_steps = 0
+        self.begin_counting()
         self.phase = "learning"
         self.guard: UnlearningGuard | None = None
-        self._unlearned_before = -1  # the learning step whose unlearning steps are done
-        self._random_state: dict[str, Any] | None = None
         self._arguments: list[list[dict[str, Any]]] = []  # of each optimizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -192,10 +188,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         """Starts to count anew for a fit; a checkpoint is restored after this."""
         if stage == "fit":
             check_trainer(self.trainer)
-            self.unlearning_steps = 0
-            self.skipped_steps = 0
-            self._unlearned_before = -1
-            self._random_state = None
+            self.begin_counting()
 
     def configure_model(self) -> None:
         """Loads the model, once."""
@@ -332,19 +325,14 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         schedule = self.lr_schedulers()
         if isinstance(schedule, LambdaLR):
             take_peak_rates(schedule)
-        if self._random_state is not None:
-            restore_random_state(self._random_state, self.device)
-            self._random_state = None
+        self.restore_random_state()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Takes the unlearning steps that are due, then one learning step."""
-        step = self.trainer.global_step
         self.phase = "learning"
-        if step != self._unlearned_before:
-            for _ in range(self.schedule.steps_before(step)):
-                self._unlearn()
-            self._unlearned_before = step
-        self._learn(batch)
+        self.unlearn_before(self.trainer.global_step)
+        with self.step_part("learning"):
+            self._learn(batch)
 
     def _is_finite(self, value: Tensor, kind: str) -> bool:
         if bool(torch.isfinite(value)):
@@ -370,11 +358,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters and the random state."""
         checkpoint["lwf"] = {
-            "unlearning_steps": self.unlearning_steps,
-            "unlearned_before": self._unlearned_before,
-            "skipped_steps": self.skipped_steps,
+            **self.step_state(),
             "is_sharded": mesh_of(self.model.parameters()) is not None,
-            "random_states": ranks_of(self.trainer).gather(random_state(self.device)),
             "base_weights": None if self.lora is None else whole_weights(self.base_weights or {}),
         }
 
@@ -388,11 +373,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         state = checkpoint["lwf"]
         check_resumable(self._trainer, state)
         check_adapter(state["base_weights"] is not None, self.lora)
-        self.unlearning_steps = state["unlearning_steps"]
-        self._unlearned_before = state["unlearned_before"]
-        self.skipped_steps = state["skipped_steps"]
-        states, rank = state["random_states"], ranks_of(self._trainer).rank
-        self._random_state = states[rank] if rank < len(states) else None
+        self.take_step_state(state)
         if state["base_weights"]:
             self.base_weights = dict(state["base_weights"])
             if hasattr(self, "model"):  # which some strategies have cut into shards by now

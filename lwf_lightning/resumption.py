@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lwf_lightning.callbacks.checkpoint import StepCheckpoint, time_is_up
 from lwf_lightning.checkpoint_io import check_loads
+from lwf_lightning.data.sampler import ResumableLoader
 from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.runs import (
     begin_run,
@@ -34,9 +37,24 @@ from lwf_lightning.runs import (
     run_state,
     runs_of,
 )
+from lwf_lightning.step_state import StepStateMixin
 
 if TYPE_CHECKING:
     from lightning.pytorch.loops.fetchers import _DataFetcher
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where an epoch's counters and the loader are."""
+
+    batches: dict[str, Any]
+    optimizer_steps: int  # begun by learning
+    loader: ResumableLoader
+    loader_state: dict[str, int]
+
+    def has_learned_since(self, begun: _Position) -> bool:
+        processed = self.batches["total"]["processed"] > begun.batches["total"]["processed"]
+        return processed or self.optimizer_steps > begun.optimizer_steps
 
 
 class StepLoop(_TrainingEpochLoop):
@@ -44,6 +62,7 @@ class StepLoop(_TrainingEpochLoop):
 
     restarting: bool
     _between_steps = False
+    _begun: _Position | None = None  # where the step under way began
 
     def run(self, data_fetcher: _DataFetcher) -> None:
         """Takes the steps of an epoch; where time is up within it, saves before it is ended."""
@@ -66,7 +85,49 @@ class StepLoop(_TrainingEpochLoop):
         # could not know it.
         for name in [name for name, result in self._results.items() if not result.meta.on_epoch]:
             del self._results[name]
-        super().advance(data_fetcher)
+        self._begun = self._position()
+        try:
+            super().advance(data_fetcher)
+        except StopIteration:  # which ends the epoch; any other leaves a step that is not done
+            self._begun = None
+            raise
+        self._begun = None
+
+    def forget_step(self) -> None:
+        """Leaves a step that has been cut off at that."""
+        self._begun = None
+
+    @contextmanager
+    def before_the_step(self) -> Iterator[None]:
+        """Within the block a step is as if it had not begun, unless it has taken its learning step.
+
+        A checkpoint that is saved there has the step's batch handed out again. What has been
+        unlearned before that step is known to the module, and stays done.
+        """
+        begun, now = self._begun, self._position()
+        # Another module's steps may move the weights before an optimizer's step is counted.
+        is_ours = isinstance(self.trainer.lightning_module, StepStateMixin)
+        if begun is None or now is None or not is_ours or now.has_learned_since(begun):
+            yield
+            return
+        self._go_to(begun)
+        self._between_steps = True
+        try:
+            yield
+        finally:
+            self._between_steps = False
+            self._go_to(now)
+
+    def _position(self) -> _Position | None:
+        loader: Any = self.trainer.train_dataloader
+        if not isinstance(loader, ResumableLoader):  # one that cannot be set back
+            return None
+        steps = self.manual_optimization.optim_step_progress.total.ready
+        return _Position(self.batch_progress.state_dict(), steps, loader, loader.state_dict())
+
+    def _go_to(self, position: _Position) -> None:
+        self.batch_progress.load_state_dict(position.batches)
+        position.loader.load_state_dict(position.loader_state)
 
     def _pause(self) -> None:
         trainer: Any = self.trainer
@@ -158,7 +219,9 @@ class CheckpointConnector(_CheckpointConnector):
 
     def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
         """Refuses at once to save what no run could go on with."""
-        checkpoint: dict[str, Any] = super().dump_checkpoint(weights_only)
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        with loop.before_the_step():
+            checkpoint: dict[str, Any] = super().dump_checkpoint(weights_only)
         check_loads(checkpoint)
         return checkpoint
 
@@ -179,6 +242,8 @@ class CheckpointConnector(_CheckpointConnector):
                 "These are the weights of the base model; --ckpt_path last takes those of the "
                 "newest run of this configuration"
             )
+        if state_fn == TrainerFn.FITTING:
+            trainer.fit_loop.epoch_loop.forget_step()  # of a fit before this one that was cut off
         saves = state_fn == TrainerFn.FITTING and step_checkpoint(trainer) is not None
         for part in (trainer.lightning_module, trainer.datamodule):
             if saves and part is not None:

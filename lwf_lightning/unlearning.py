@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch
 from lwf_lightning.distributed import gradient_sync, ranks_of
-from lwf_lightning.forgetting.schedule import UnlearningSchedule
 from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import labelled_tokens
@@ -21,6 +19,7 @@ from lwf_lightning.optimization import clip_gradients
 from lwf_lightning.packing import text_by_text
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.run_length import learning_steps
+from lwf_lightning.step_state import StepStateMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,15 +48,13 @@ class UnlearningGuard(Protocol):
         """
 
 
-class UnlearningMixin(L.LightningModule):
+class UnlearningMixin(StepStateMixin):
     """The unlearning half of :class:`~lwf_lightning.LWFModule`: one step on the forget set."""
 
     model: PreTrainedModel
     base_weights: dict[str, Tensor] | None
     objective: Objective
-    schedule: UnlearningSchedule
     guard: UnlearningGuard | None
-    unlearning_steps: int
     phase: str
 
     @property
@@ -91,6 +88,14 @@ class UnlearningMixin(L.LightningModule):
             f"{schedule.kind} with unlearning_interval {schedule.interval}, and the run has "
             f"{steps} learning steps{done}. Lower unlearning_interval, or set schedule to never"
         )
+
+    def unlearn_before(self, step: int) -> None:
+        """Takes the unlearning steps that are due before a learning step, and not done yet."""
+        before, done = self._unlearned
+        for number in range(done if before == step else 0, self.schedule.steps_before(step)):
+            with self.step_part("unlearning"):
+                self._unlearn()
+            self._unlearned = (step, number + 1)
 
     def _unlearn(self) -> None:
         batch = self._data.forget_batch(self.unlearning_steps)
@@ -166,6 +171,7 @@ class UnlearningMixin(L.LightningModule):
         rate = self.hparams["learning_rate"] * self.hparams["unlearning_scale"]
         for group in optimizer.param_groups:  # a resumed optimizer brings its old rate along
             group["lr"] = rate if guard is None else rate * guard.scale
+        self.changes_weights()
         if guard is None:
             optimizer.step()
         else:

@@ -314,8 +314,12 @@ class AscentGuard(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only."""
-        return self.state.as_primitives()
+        burst = [self._burst, self._burst_start, self._loss]
+        return {**self.state.as_primitives(), "burst": burst}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the run was."""
-        self.state = GuardState.from_primitives(state_dict)
+        state = dict(state_dict)
+        if burst := state.pop("burst", None):  # an earlier version kept none
+            self._burst, self._burst_start, self._loss = burst
+        self.state = GuardState.from_primitives(state)
