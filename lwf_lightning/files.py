@@ -45,11 +45,12 @@ def _temporary_sibling(path: Path) -> Path:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, *, replaces: bool = True) -> Iterator[Path]:
     """Writes a file whole or not at all, whatever ends the process or the machine.
 
     Args:
         path: The file to write; its folder is made, an earlier file is replaced at once.
+        replaces: Whether it is; else of several processes that write the file only one does.
 
     Yields:
         A path in the same folder to write to. It takes the place of ``path`` when the block ends
@@ -57,6 +58,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
     Raises:
         DiskFullError: If the disk is full; names ``path``.
+        FileExistsError: If there is an earlier file, and ``replaces`` is False.
 
     Example:
         >>> import tempfile
@@ -72,7 +74,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with full_disk_named(path):
             yield temporary
             _to_disk(temporary)  # else the new name could outlive a power cut, and not the content
-            temporary.replace(path)
+            if replaces or not _linked(temporary, path):
+                temporary.replace(path)
             _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,6 +164,19 @@ def remove_leftovers(folder: Path) -> None:
     for path in sorted(folder.rglob(".*")):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _linked(file: Path, path: Path) -> bool:
+    """Gives a file a second name that is free; False where the file system knows no such names."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        return False
+    return True
 
 
 def _to_disk(path: Path) -> None:

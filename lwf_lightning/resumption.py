@@ -250,12 +250,16 @@ class CheckpointConnector(_CheckpointConnector):
                 check_loads({part.CHECKPOINT_HYPER_PARAMS_KEY: dict(part.hparams)})
         if trainer.is_global_zero:
             root = trainer.default_root_dir
-            if trainer.run_folder != self._own and is_run(trainer.run_folder):
-                # Another trainer's run has begun there since this one was made.
+            # Another trainer's run may have begun there since this one was made, or begin now.
+            if not saves and trainer.run_folder != self._own and is_run(trainer.run_folder):
                 self._write_to(Path(BoardLogger(root).log_dir), {})
             if saves:
                 # Before anything else is there, so that a run is known from its first moment.
-                begin_run(trainer.run_folder, self._configuration())
+                values = self._configuration()
+                while not begin_run(
+                    trainer.run_folder, values, is_own=trainer.run_folder == self._own
+                ):
+                    self._write_to(Path(BoardLogger(root).log_dir), {})
                 self._own = trainer.run_folder
         return path
 

@@ -83,15 +83,32 @@ def folder_of(trainer: L.Trainer) -> Path | None:
     return Path(folder) if writes else None
 
 
-def begin_run(folder: Path, values: Mapping[str, Any]) -> None:
-    """Marks a run folder as that of a run with this configuration; a new one appears marked."""
+def begin_run(folder: Path, values: Mapping[str, Any], *, is_own: bool = False) -> bool:
+    """Marks a run folder as that of a run with this configuration; a new one appears marked.
+
+    Args:
+        folder: The folder.
+        values: What :func:`configuration` gave.
+        is_own: Whether the run that may have begun there is this one.
+
+    Returns:
+        Whether the folder is this run's; else another run has begun there, maybe just now.
+    """
     text = json.dumps(values, indent=1, sort_keys=True)
-    if folder.exists():
-        with whole_file(folder / _RUN_FILE) as file:
+    if not folder.exists():
+        try:
+            with whole_folder(folder) as new:
+                (new / _RUN_FILE).write_text(text, encoding="utf-8")
+            return True
+        except (OSError, ValueError):
+            if not folder.exists():
+                raise
+    try:  # whoever marks first a folder that is there has it
+        with whole_file(folder / _RUN_FILE, replaces=is_own) as file:
             file.write_text(text, encoding="utf-8")
-        return
-    with whole_folder(folder) as new:
-        (new / _RUN_FILE).write_text(text, encoding="utf-8")
+    except FileExistsError:
+        return False
+    return True
 
 
 def is_run(folder: Path) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +18,7 @@ from torch import distributed
 
 from lwf_lightning import LWFDataModule, LWFModule
 from lwf_lightning.callbacks import StepCheckpoint
+from lwf_lightning.resumption import CheckpointConnector
 from lwf_lightning.runs import begin_run, configuration, runs_of
 
 Make = Callable[..., Any]
@@ -44,6 +47,49 @@ def test_trainers_made_before_the_first_fit_have_a_folder_each(
     third.fit(make_module(schedule="never"), make_data(), ckpt_path="last")  # which is the second
     fourth.fit(make_module(schedule="never"), make_data())
     assert [folder(trainer).name for trainer in (third, fourth)] == ["version_1", "version_2"]
+
+
+def test_of_runs_that_begin_at_the_same_moment_one_has_the_folder(tmp_path: Path) -> None:
+    ready, folders = (
+        Barrier(4, timeout=60),
+        [tmp_path / f"version_{number}" for number in range(40)],
+    )
+    for one in folders[::2]:  # there already, without a run in it
+        one.mkdir()
+
+    def begin(name: int) -> list[Path]:
+        own = []
+        for one in folders:
+            ready.wait()
+            if begin_run(one, {"name": name}):
+                own.append(one)
+        return own
+
+    with ThreadPoolExecutor(4) as runs:
+        found = list(runs.map(begin, range(4)))
+    assert sorted(one for own in found for one in own) == sorted(folders)
+    for name, own in enumerate(found):
+        assert all(json.loads((one / "run.json").read_text()) == {"name": name} for one in own)
+
+
+def test_a_run_leaves_a_folder_that_another_takes_while_it_looks(
+    make_module: Make, make_data: Make, make_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(max_steps=2)
+    first = trainer.run_folder
+    own = CheckpointConnector._configuration
+
+    def slow(self: CheckpointConnector) -> dict[str, Any]:  # asked for between looking and marking
+        if not first.exists():
+            begin_run(first, {"theirs": 1})
+        return own(self)
+
+    monkeypatch.setattr(CheckpointConnector, "_configuration", slow)
+    trainer.fit(make_module(schedule="never"), make_data())
+    assert json.loads((first / "run.json").read_text()) == {"theirs": 1}
+    assert sorted(path.name for path in first.iterdir()) == ["run.json"]
+    assert folder(trainer).name == "version_1"
+    assert saved(trainer) == ["step-000002.ckpt"]
 
 
 class Passing(LWFDataModule):
