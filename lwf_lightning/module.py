@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -319,6 +320,12 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
     def on_train_start(self) -> None:
         """Has a resumed run follow its own arguments, and dropout go on where it was."""
         if start := self.trainer.global_step:
+            if self.trainer.ckpt_path is None:
+                rank_zero_warn(
+                    f"this trainer has fitted before: its steps count on from {start}, but data, "
+                    "learning rate and forgetting begin anew. To go on with a run that was cut off "
+                    "give ckpt_path='last'; to begin another make another trainer"
+                )
             self._warn_without_unlearning(start)
         for optimizer, arguments in zip(self.trainer.optimizers, self._arguments, strict=True):
             take_arguments(optimizer, arguments)

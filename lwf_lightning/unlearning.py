@@ -82,7 +82,8 @@ class UnlearningMixin(StepStateMixin):
             return
         if schedule.unlearns_between(start, steps):
             return
-        done = f", {start} of which a checkpoint has brought along" if start else ""
+        by = "a checkpoint" if self.trainer.ckpt_path else "an earlier fit of this trainer"
+        done = f", {start} of which {by} has brought along" if start else ""
         rank_zero_warn(
             "no step of this run unlearns, it is plain fine-tuning: model.init_args.schedule is "
             f"{schedule.kind} with unlearning_interval {schedule.interval}, and the run has "

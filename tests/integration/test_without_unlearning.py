@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from peft import LoraConfig
 
@@ -119,6 +120,25 @@ def test_a_checkpoint_that_is_past_what_was_ahead_says_so(
     said = [str(warning.message) for warning in recwarn]
     (text,) = [text for text in said if "no step of this run unlearns" in text]
     assert "4 learning steps, 2 of which a checkpoint has brought along" in text
+
+
+def test_a_second_fit_of_a_trainer_says_what_begins_anew(
+    make_module: Make, make_data: Make, make_trainer: Make, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Enough(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 2
+
+    module = make_module(schedule="ahead", ahead_steps=1, without_scores="use_all")
+    trainer, data = make_trainer(max_steps=4, callbacks=[Enough()]), make_data()
+    trainer.fit(module, data)
+    assert not [warning for warning in recwarn if "fitted before" in str(warning.message)]
+    trainer.fit(module, data)
+    said = [str(warning.message) for warning in recwarn]
+    assert any("4 learning steps, 2 of which an earlier fit of this trainer has" in t for t in said)
+    (text,) = [text for text in said if "fitted before" in text]
+    assert "its steps count on from 2, but data, learning rate and forgetting begin anew" in text
+    assert "ckpt_path='last'" in text
 
 
 def test_a_checkpoint_of_all_weights_is_none_of_an_adapter(
