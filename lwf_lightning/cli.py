@@ -41,9 +41,12 @@ class SaveFitConfig(SaveConfigCallback):
             return
         folder = Path(str(trainer.log_dir))  # on every process: it waits for the others
         if trainer.is_global_zero:
+            config = self.config.clone()
+            # Where this run went on from is no part of it: the file begins the same run anew.
+            config.pop("ckpt_path", None)
             with whole_file(folder / self.config_filename) as temporary:
                 self.parser.save(
-                    self.config, str(temporary), skip_none=False, overwrite=True, multifile=False
+                    config, str(temporary), skip_none=False, overwrite=True, multifile=False
                 )
 
 

@@ -234,6 +234,8 @@ class LWFTrainer(L.Trainer):
         self,
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
         ranks: int | None = None,
     ) -> None:
         """Predict the memory of a fit, phase by phase, without loading the model.
@@ -243,6 +245,8 @@ class LWFTrainer(L.Trainer):
         Args:
             model: The module.
             datamodule: The datamodule.
+            ckpt_path: Not needed: taken so that a fit's configuration file is.
+            weights_only: Not needed either.
             ranks: Processes to plan for, sharded by FSDP2, whether or not this machine has them;
                 by default the trainer's own.
         """

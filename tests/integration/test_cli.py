@@ -95,10 +95,17 @@ def test_fit_then_validate_test_and_predict(
     assert (folder / "config.yaml").read_text() == before
 
 
-def test_a_saved_configuration_runs_again(run: Callable[..., Any]) -> None:
+def test_a_saved_configuration_runs_again(
+    run: Callable[..., Any], config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["ckpt_path"] = "last"
     saved = Path(run("fit").trainer.log_dir) / "config.yaml"
     again = main(["fit", "--config", str(saved)])
     assert again.trainer.global_step == 4
+    assert Path(again.trainer.log_dir).name == "version_1"
+    run("estimate")  # of no use to it
+    main(["estimate", "--config", str(saved)])
+    assert capsys.readouterr().out.count("Fisher") >= 2
 
 
 def test_a_command_line_of_ones_own_goes_on_in_its_run(
