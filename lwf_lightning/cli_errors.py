@@ -13,12 +13,14 @@ from opcode import opmap
 from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lwf_lightning.cli_help import fail
 
 _PACKAGE = Path(__file__).parent
+_LIGHTNING = Path(lightning.__file__).parent
 _WORDS = {
     "NoneType": "null",
     "bool": "true or false",
@@ -121,15 +123,17 @@ def clear_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, LookupError) as error:
         deliberate = (
             isinstance(error, FileNotFoundError)
             or str(error).startswith("Does not validate")
-            or _raised_here(error)
+            or (_raised_in(_PACKAGE, error) and not isinstance(error, (RuntimeError, LookupError)))
+            or _raised_in(_LIGHTNING, error)  # which says with any of these what does not fit
         )
         if not deliberate:
             raise
-        fail(one_line(str(error)), status=1)
+        message = error.args[0] if isinstance(error, KeyError) else error  # str() would quote it
+        fail(one_line(str(message)), status=1)
     except MisconfigurationException as error:  # Lightning's own refusals
         message = " ".join(str(error).split())
         if re.match(r"No supported \w+ backend found|.*can not run on your system", message):
@@ -188,8 +192,8 @@ def _meant(name: str, known: Sequence[str]) -> str:
     return ""
 
 
-def _raised_here(error: BaseException) -> bool:
-    """Whether a ``raise`` of the package is behind it, and not what Python or torch found wrong."""
+def _raised_in(package: Path, error: BaseException) -> bool:
+    """Whether a ``raise`` of a package is behind it, and not what Python or torch found wrong."""
     place = error.__traceback__
     if place is None:
         return False
@@ -197,7 +201,7 @@ def _raised_here(error: BaseException) -> bool:
         place = place.tb_next
     code = place.tb_frame.f_code
     is_raise = code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
-    return is_raise and Path(code.co_filename).is_relative_to(_PACKAGE)
+    return is_raise and Path(code.co_filename).is_relative_to(package)
 
 
 def _options_of(class_path: str) -> list[str]:

@@ -40,6 +40,11 @@ def check_flags(given: Mapping[str, Any]) -> None:
     for flag, (default, instead) in _INSTEAD.items():
         if given.get(flag) not in (None, default):
             raise ValueError(f"trainer.{flag} is of no use here: set {instead}")
+    if given.get("check_val_every_n_epoch") == 0:  # Lightning would divide by it, after an epoch
+        raise ValueError(
+            "trainer.check_val_every_n_epoch must be at least 1; limit_val_batches 0 leaves "
+            "validation out, and null has val_check_interval count steps instead of an epoch's"
+        )
 
 
 def check_trainer(trainer: L.Trainer) -> None:

@@ -67,8 +67,8 @@ def write_page(
         "to win back.</p>",
         "<p>Time and memory are multiples of the baseline's: of the median seconds of a run, "
         "counting with the others the one that elicits texts for them, and of the median peak "
-        "resident memory of the whole process, Python and torch included; runs that were resumed "
-        "count in neither.</p>",
+        "resident memory of the whole process, Python and torch included (on a GPU, of what torch "
+        "allocates there); runs that were resumed count in neither.</p>",
         *(f"<p>{html.escape(line)}</p>" for line in tuning_in_words(study)),
         *(f"<p>Not there yet: {html.escape(line)}</p>" for line in missing),
     ]

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from lwf_lightning.errors import NonFiniteLossError
@@ -167,13 +168,20 @@ def read_curves(path: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[list[i
 
 
 def forget_peak_memory() -> None:
-    """Has :func:`peak_memory` begin anew, where the system can (Linux)."""
+    """Has :func:`peak_memory` begin anew, where the system can (Linux, CUDA)."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held since it was last forgotten, in bytes."""
+    """The most memory that this process has held since it was last forgotten, in bytes.
+
+    Once it works on a GPU, what torch has allocated there.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return 1024 * int(found[1])

@@ -37,6 +37,11 @@ def test_overfit_batches_is_refused(trainer: Make, make_module: Make, make_data:
         trainer(overfit_batches=1).fit(make_module(schedule="never"), make_data())
 
 
+def test_a_validation_every_0_epochs_is_refused(make_trainer: Make) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.check_val_every_n_epoch must be at least 1"):
+        make_trainer(check_val_every_n_epoch=0)
+
+
 def test_a_step_checkpoint_that_nobody_calls_between_steps_is_warned_of(
     trainer: Make,
     make_trainer: Make,

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lwf_lightning import cli_errors
 from lwf_lightning.cli_errors import clear_errors
@@ -98,3 +101,32 @@ def within_a_raise() -> None:
 def test_a_defect_of_our_code_keeps_its_traceback(defect: Callable[[], None]) -> None:
     with pytest.raises((ValueError, TypeError)), clear_errors():
         defect()
+
+
+def test_what_lightning_raises_is_one_line_of_whatever_kind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        max_epochs=1,
+        callbacks=[EarlyStopping("val/los")],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )
+    with pytest.raises(SystemExit), clear_errors():
+        trainer.fit(BoringModel())
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("error: Early stopping conditioned on metric `val/los` which is not")
+
+
+def test_a_runtime_error_of_ours_is_a_defect() -> None:
+    def broken() -> None:
+        raise RuntimeError("cannot be")
+
+    with pytest.raises(RuntimeError, match="cannot be"), clear_errors():
+        broken()

@@ -37,3 +37,12 @@ def test_the_peak_begins_anew() -> None:
     del large
     forget_peak_memory()
     assert peak_memory() < high - 150e6
+
+
+def test_on_a_gpu_its_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(1))
+    forget_peak_memory()
+    assert (peak_memory(), reset) == (7, [1])
