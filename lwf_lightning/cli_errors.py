@@ -11,9 +11,11 @@ from difflib import get_close_matches
 from importlib import import_module
 from opcode import opmap
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 import lightning
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -128,7 +130,7 @@ def clear_errors() -> Iterator[None]:
             isinstance(error, FileNotFoundError)
             or str(error).startswith("Does not validate")
             or (_raised_in(_PACKAGE, error) and not isinstance(error, (RuntimeError, LookupError)))
-            or _raised_in(_LIGHTNING, error)  # which says with any of these what does not fit
+            or _said_by_lightning(error)
         )
         if not deliberate:
             raise
@@ -190,6 +192,26 @@ def _meant(name: str, known: Sequence[str]) -> str:
     for close in get_close_matches(name, known, n=1):
         return f"; did you mean {close if close.startswith('-') else repr(close)}?"
     return ""
+
+
+def _said_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning says, with whatever kind of error, what does not fit what it was given.
+
+    What it says about code of one's own, called from there, needs the place in that code.
+    """
+    if isinstance(error, NotImplementedError) or not str(error):
+        return False
+    callers = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+    inner = [name for name in callers if not _is_library(Path(name))]
+    by_us = not inner or Path(inner[-1]).is_relative_to(_PACKAGE)
+    return by_us and _raised_in(_LIGHTNING, error)
+
+
+def _is_library(file: Path) -> bool:
+    """Whether a file is Lightning's, or of Python's own library."""
+    is_installed = "site-packages" in file.parts
+    own = file.is_relative_to(_LIGHTNING) or file.is_relative_to(Path(torch.__file__).parent)
+    return own or (file.is_relative_to(Path(inspect.__file__).parent) and not is_installed)
 
 
 def _raised_in(package: Path, error: BaseException) -> bool:

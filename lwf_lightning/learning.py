@@ -81,7 +81,7 @@ class LearningMixin(StepStateMixin):
             if share < 0.5:
                 rank_zero_warn(
                     f"a step of {name}, {rate:.3g}, moves {share:.1%} of the weights only: "
-                    "bfloat16 rounds it away in the others. Take trainer.precision bf16-mixed "
+                    "rounding to 16 bits undoes it elsewhere. Take trainer.precision bf16-mixed "
                     "with model.init_args.dtype float32, or a higher rate"
                 )
 
@@ -155,7 +155,8 @@ class LearningMixin(StepStateMixin):
     def _base_losses(self, batch: Batch, ranks: Ranks) -> Tensor:
         """The loss of each token of the step under the base weights, by rank.
 
-        With the dropout of the pass that follows: else its noise alone would tell tokens apart.
+        With the dropout of the pass that follows (on CPU and CUDA): else its noise alone would
+        tell tokens apart.
         """
         base = cast(dict[str, Tensor], self.base_weights)
         devices = [self.device] if self.device.type == "cuda" else []

@@ -68,13 +68,16 @@ def labelled_columns(batch: Batch) -> tuple[Tensor, Tensor]:
     """The positions from which a labelled token is predicted.
 
     Args:
-        batch: ``labels`` of shape (texts, tokens).
+        batch: ``labels``, and perhaps ``attention_mask``, of shape (texts, tokens).
 
     Returns:
         Whether the token after each position but the last is labelled, shape (texts, tokens - 1);
         and the positions at which that is so in some text, ascending.
     """
     wanted = batch["labels"][:, 1:] != IGNORE_INDEX  # the first token is never predicted
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        wanted = wanted & (mask[:, :-1] != 0)  # nor is one that padding precedes
     return wanted, wanted.any(dim=0).nonzero().squeeze(1)
 
 

@@ -1,9 +1,9 @@
-"""Building what a configuration asks for by name: an objective, a regularizer, a learning loss."""
+"""What a configuration gives by name: objectives, regularizers, learning losses; and names told."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -40,3 +40,13 @@ def build_by_name(
         takes = f"it takes {', '.join(sorted(accepted))}" if accepted else "it takes none"
         raise ValueError(f"{kind} {name!r} has no option {', '.join(unknown)}; {takes}")
     return known[name](**(options or {}))
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first five of many names, for a message.
+
+    Example:
+        >>> first_of("abc"), first_of("abcdefg")
+        ('a, b, c', 'a, b, c, d, e, ...')
+    """
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

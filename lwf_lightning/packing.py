@@ -193,7 +193,7 @@ def one_row(batch: Batch) -> dict[str, Any]:
         ([[5, 6, 7, 8, 9]], [[0, 1, 0, 1, 2]], [2, 3])
     """
     held = batch["attention_mask"].bool()
-    positions = batch.get("position_ids", held.cumsum(dim=1) - 1)
+    positions = batch.get("position_ids", held.cumsum(dim=1) - 1).expand_as(held)
     return {
         "input_ids": batch["input_ids"][held].unsqueeze(0),
         "position_ids": positions[held].unsqueeze(0),

@@ -93,6 +93,9 @@ def begin_run(folder: Path, values: Mapping[str, Any], *, is_own: bool = False) 
 
     Returns:
         Whether the folder is this run's; else another run has begun there, maybe just now.
+
+    Raises:
+        ValueError: If there is a file in its place.
     """
     text = json.dumps(values, indent=1, sort_keys=True)
     if not folder.exists():
@@ -107,6 +110,11 @@ def begin_run(folder: Path, values: Mapping[str, Any], *, is_own: bool = False) 
         with whole_file(folder / _RUN_FILE, replaces=is_own) as file:
             file.write_text(text, encoding="utf-8")
     except FileExistsError:
+        if not is_run(folder):
+            raise ValueError(
+                f"{folder} is in the way of a run's folder: remove it, or name another "
+                "trainer.default_root_dir"
+            ) from None
         return False
     return True
 

@@ -230,10 +230,15 @@ class AscentGuard(L.Callback):
             self._record(breach, state.undo(step, limits, damp=True))
             return
         before = copy_weights(module.model)
-        optimizer.step()
-        optimizer.zero_grad()  # its memory is needed now
-        loss, jump = self._signals.watched_loss(), self._signals.jump(batch, nll)
-        moved = self._signals.highest(relative_change(module.model, before))
+        try:
+            optimizer.step()
+            optimizer.zero_grad()  # its memory is needed now
+            loss, jump = self._signals.watched_loss(), self._signals.jump(batch, nll)
+            moved = self._signals.highest(relative_change(module.model, before))
+        except BaseException:  # a checkpoint that it may bring must not hold an unjudged step
+            put_back(module.model, before)
+            reset_state(optimizer)
+            raise
         worst = (
             limit_breach("the step's share of the weights' norm", moved, limits.max_move)
             or limit_breach("the unlearned texts' rise in loss", jump, limits.max_jump)

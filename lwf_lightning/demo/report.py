@@ -48,7 +48,8 @@ def verdict(vanilla: float, lwf: float, twin: float) -> str:
     if lacking <= 0:
         return (
             f"No negative transfer: the clean twin is {abs(lacking):.1f} points below plain "
-            f"fine-tuning; LWF is {abs(won):.1f} points {'below' if won < 0 else 'above'} it"
+            f"fine-tuning, and LWF {abs(won):.1f} points {'below' if won < 0 else 'above'} plain "
+            "fine-tuning"
         )
     told = f"Negative transfer: {lacking:.1f} points; LWF wins back "
     if won < 0:

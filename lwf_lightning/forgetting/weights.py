@@ -59,6 +59,8 @@ def relative_change(model: nn.Module, before: Mapping[str, Tensor]) -> float:
 def _squared_norm(tensor: Tensor) -> Tensor:
     # Not square().sum(): whose squares are another tensor of that size, and most of the time.
     dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if tensor.ndim > 1:  # in parts: over 10^8 numbers one float32 sum is off by some per cent
+        tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
     return norm.square()
 

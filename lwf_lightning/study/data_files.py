@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwf_lightning.named import first_of
 from lwf_lightning.study.matrix import Record
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def told_of_changed(records: Iterable[Record]) -> list[str]:
     files = ", ".join(dict.fromkeys(name for names in changed.values() for name in names))
     return [
         f"Warning: {files} changed since {len(changed)} runs were recorded, which still count: "
-        f"{', '.join(changed)}. To do them again remove their lines from results.jsonl"
+        f"{first_of(list(changed))}. To do them again remove their lines from results.jsonl"
     ]
 
 

@@ -58,7 +58,7 @@ def check_file(path: Path) -> None:
 def _check_space(path: Path, name: str, space: Any) -> None:
     for key, values in (space if isinstance(space, dict) else {}).items():
         if not isinstance(values, list):
-            raise ValueError(f"{path}: {name}: {key} is no list of values to choose: [{values}]")
+            raise ValueError(f"{path}: {name}: {key} is no list to choose from: write [{values}]")
 
 
 def _repeated_keys(node: Any, at: str = "") -> Iterator[str]:

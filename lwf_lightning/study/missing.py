@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lwf_lightning.named import first_of
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Record, Run, runs_of
 from lwf_lightning.study.results import read_records
 from lwf_lightning.study.workers import results_file
-
-_NAMED = 5
-"""Runs that a line names; --list names them all."""
 
 
 def missing_runs(study: Study) -> list[Run]:
@@ -31,15 +29,11 @@ def what_diverged(records: Iterable[Record]) -> list[str]:
         if record["stage"] == "comparison" and "diverged" in record:
             names.setdefault(record["method"], []).append(record["run"])
     return [
-        f"{method}: {len(own)} of its compared runs diverged ({_first_of(own)}), and what "
-        "they are compared in shows no gain and no p: lower its model.learning_rate or "
+        f"{method}: {len(own)} of its compared runs diverged ({first_of(own)}), and "
+        "comparisons with them show no gain and no p: lower its model.learning_rate or "
         "model.unlearning_scale, or raise model.max_skipped_steps, in changes or space"
         for method, own in names.items()
     ]
-
-
-def _first_of(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def what_is_missing(study: Study, records: Iterable[Record]) -> list[str]:
@@ -53,5 +47,5 @@ def what_is_missing(study: Study, records: Iterable[Record]) -> list[str]:
     }
     lines = []
     for (method, stage), own in names.items():
-        lines.append(words[stage].format(method, len(own), _first_of(own)))
+        lines.append(words[stage].format(method, len(own), first_of(own)))
     return lines

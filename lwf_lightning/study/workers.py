@@ -174,8 +174,10 @@ def _start_server() -> None:
     A terminal sends it to all; workers are ended by SIGTERM then, before which a fit saves.
     """
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ensure_running()
-    signal.signal(signal.SIGINT, usual)
+    try:
+        ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, usual or signal.SIG_DFL)  # None: not set by Python
 
 
 @contextmanager

@@ -258,3 +258,24 @@ def test_an_absurd_ascent_leaves_the_embedded_world_learned(tmp_path: Path) -> N
     assert vanilla["val/accuracy"] > 0.5  # chance is 0.125, to which it falls without the guard
     assert guarded["val/accuracy"] > vanilla["val/accuracy"] - 0.15  # seven of 48 people
     assert guarded["val/loss"] < 1.25 * vanilla["val/loss"]
+
+
+def test_an_exception_while_a_step_is_looked_at_leaves_no_unjudged_weights(
+    fit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: list[torch.Tensor] = []
+
+    def interrupted(signals: GuardSignals, *_: Any) -> float:
+        before.append(torch.cat([p.detach().flatten() for p in signals.module.model.parameters()]))
+        raise ZeroDivisionError  # which Lightning lets pass, as it does not Ctrl-C
+
+    monkeypatch.setattr(GuardSignals, "jump", interrupted)
+    guard = AscentGuard()
+    found: list[Any] = []
+    monkeypatch.setattr(L.Callback, "on_exception", lambda _, __, module, ___: found.append(module))
+    with pytest.raises(ZeroDivisionError):
+        fit(guard, absurd(unlearning_interval=1))
+    after = torch.cat([p.detach().flatten() for p in found[0].model.parameters()])
+    base = torch.cat([w.flatten() for w in found[0].base_weights.values()])
+    assert (before[0] - base).norm() > 10 * (after - base).norm()
+    assert guard.state.undone == 0

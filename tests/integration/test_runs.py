@@ -221,3 +221,9 @@ def test_a_run_that_has_ended_under_fsdp2_has_finished_too(
         finally:
             distributed.destroy_process_group()
     assert "version_0 has finished: nothing is left to do" in caplog.text
+
+
+def test_a_file_in_the_place_of_a_run_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "version_0").touch()
+    with pytest.raises(ValueError, match="version_0 is in the way of a run's folder: remove it"):
+        begin_run(tmp_path / "version_0", {})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import BasePredictionWriter, EarlyStopping
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lwf_lightning import cli_errors
@@ -130,3 +130,21 @@ def test_a_runtime_error_of_ours_is_a_defect() -> None:
 
     with pytest.raises(RuntimeError, match="cannot be"), clear_errors():
         broken()
+
+
+OF_ONES_OWN = """
+def of_ones_own(module):
+    module.trainer
+"""
+
+
+def test_what_lightning_says_about_code_of_ones_own_keeps_its_place() -> None:
+    found: dict[str, Any] = {}
+    exec(compile(OF_ONES_OWN, "/my/project/module.py", "exec"), found)
+    with pytest.raises(RuntimeError, match="not attached to a `Trainer`"), clear_errors():
+        found["of_ones_own"](BoringModel())
+
+
+def test_an_error_without_words_is_a_defect() -> None:
+    with pytest.raises(NotImplementedError), clear_errors():
+        BasePredictionWriter().write_on_epoch_end(*[nothing] * 4)

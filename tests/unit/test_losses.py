@@ -150,3 +150,13 @@ def test_an_adapter_that_moves_the_tokens_is_refused(
     prompt = get_peft_model(make_llama(), PromptTuningConfig(**kinds))
     with pytest.raises(TypeError, match="PROMPT_TUNING puts tokens of its own before each text"):
         labelled_tokens(prompt, batch)
+
+
+def test_what_padding_precedes_is_not_predicted_from_it(
+    make_llama: Callable[..., Any], make_texts: Callable[..., Any]
+) -> None:
+    model, batch = make_llama().double(), collate(make_texts(3), 0)
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"] == 1, -100)
+    left = padded_left(batch)
+    own = {"position_ids": (left["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
+    torch.testing.assert_close(per_text_loss(model, left | own), per_text_loss(model, batch))

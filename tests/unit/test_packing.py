@@ -347,6 +347,8 @@ def test_positions_of_the_batch_are_those_of_the_row() -> None:
     model, batch = build("Llama", **LLAMA), collate(AWKWARD["unequal"], 0)
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["labels"]) * 2
     padded = labelled_tokens(model, batch).token_losses()
+    of_one_row = batch | {"position_ids": batch["position_ids"][:1]}
     with text_by_text(model, batch) as is_packed:
         assert is_packed
         torch.testing.assert_close(labelled_tokens(model, batch).token_losses(), padded)
+        torch.testing.assert_close(labelled_tokens(model, of_one_row).token_losses(), padded)

@@ -44,9 +44,9 @@ def test_scores_are_joined_with_their_parts_and_drawn(tmp_path: Path) -> None:
         (0.4, 0.3, 0.95, "Negative transfer: 55.0 points; LWF wins back none of them: it is 10.0 "
                          "points below plain fine-tuning"),
         (0.4, 0.5, 0.4, "No negative transfer: the clean twin is 0.0 points below plain "
-                        "fine-tuning; LWF is 10.0 points above it"),
+                        "fine-tuning, and LWF 10.0 points above plain fine-tuning"),
         (0.4, 0.3, 0.2, "No negative transfer: the clean twin is 20.0 points below plain "
-                        "fine-tuning; LWF is 10.0 points below it"),
+                        "fine-tuning, and LWF 10.0 points below plain fine-tuning"),
     ],
 )  # fmt: skip
 def test_a_loss_is_no_gain_in_words(vanilla: float, lwf: float, twin: float, told: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lwf_lightning.data.batch import Batch, batches_of
@@ -228,3 +229,15 @@ def test_probe_gives_a_loss_what_else_the_batch_holds(
     anchor = probe_anchor(make_llama(), weighted, learning_rate=1e-2, text_loss=loss)
     usual = probe_anchor(make_llama(), batches, learning_rate=1e-2, text_loss=per_text_loss)
     torch.testing.assert_close(anchor, usual)
+
+
+def test_the_change_of_large_tensors_is_exact() -> None:
+    model = nn.Linear(4096, 4096, bias=False)
+    before = copy_weights(model)
+    with torch.no_grad():
+        model.weight.add_(model.weight, alpha=0.01)
+    assert relative_change(model, before) == pytest.approx(0.01, rel=2e-5)
+    only_before = {name: torch.zeros_like(w) for name, w in before.items()}
+    only_before["weight"][0, 0] = 1.0
+    exact = float((model.weight.detach() - only_before["weight"]).double().square().sum()) ** 0.5
+    assert relative_change(model, only_before) == pytest.approx(exact, rel=1e-6)

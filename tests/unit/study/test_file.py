@@ -21,9 +21,9 @@ from lwf_lightning.study.file import check_file
         ),
         (
             "methods: {vanilla: {}, lwf: {space: {a.b: 6.0e-4}}}",
-            r"methods\.lwf\.space: a\.b is no list of values to choose: \[0\.0006\]",
+            r"methods\.lwf\.space: a\.b is no list to choose from: write \[0\.0006\]",
         ),
-        ("common_space: {a: 1}", r"common_space: a is no list of values to choose: \[1\]"),
+        ("common_space: {a: 1}", r"common_space: a is no list to choose from: write \[1\]"),
     ],
 )
 def test_what_is_wrong_is_named(content: str, message: str, tmp_path: Path) -> None:
