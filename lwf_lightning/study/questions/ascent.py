@@ -246,7 +246,8 @@ def draw(found: Mapping[str, Curves]) -> Figure:
             shown = [
                 value - plain[step] * is_loss for step, value in zip(steps, values, strict=True)
             ]
-            axes.plot(steps, shown, style, color=colour, label=name, lw=1.6)
+            marker = "o" if len(steps) == 1 else ""  # of which a line shows nothing
+            axes.plot(steps, shown, style, marker=marker, color=colour, label=name, lw=1.6)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("learning step", fontsize=8)
         axes.grid(alpha=0.3)

@@ -109,3 +109,10 @@ def test_an_interval_is_at_least_one(tmp_path: Path) -> None:
     write_watched(tmp_path / "w.json", {}, [[1]], 0)
     with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
         WatchUnlearning(str(tmp_path / "w.json"), interval=0)
+
+
+def test_a_single_validation_is_seen() -> None:
+    watched = {f"watch/{kind}": ([0, 2], [1.0, 2.0]) for kind in (*SETS, "distinct_2")}
+    figure = ascent.draw({ascent.ALONE: {**watched, "val/accuracy": ([24], [0.5])}})
+    *_, last = figure.axes
+    assert [line.get_marker() for line in last.lines] == ["o"]
