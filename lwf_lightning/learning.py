@@ -14,7 +14,6 @@ from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.distributed import gradient_sync, ranks_of
 from lwf_lightning.forgetting.elicit import SelfKnowledge
 from lwf_lightning.forgetting.fisher import diagonal_fisher
-from lwf_lightning.forgetting.schedule import UnlearningSchedule
 from lwf_lightning.forgetting.weights import exchanged_weights, trainable_parameters
 from lwf_lightning.generation import positions_of, steady_positions_of
 from lwf_lightning.losses import labelled_tokens
@@ -45,7 +44,6 @@ class LearningMixin(StepStateMixin):
     base_weights: dict[str, Tensor] | None
     learning_loss: TokenForgetting | None
     regularizer: Regularizer | None
-    schedule: UnlearningSchedule
     _regularizer_fisher: dict[str, Tensor] | None = None
 
     @property

@@ -59,9 +59,8 @@ class LabelledTokens:
 
 
 def _accepts_logits_to_keep(model: Any) -> bool:
-    if hasattr(model, "get_base_model"):  # a PEFT wrapper forwards keyword arguments as they are
-        model = model.get_base_model()
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    # A PEFT wrapper forwards keyword arguments as they are.
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
 def labelled_columns(batch: Batch) -> tuple[Tensor, Tensor]:

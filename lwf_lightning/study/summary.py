@@ -87,7 +87,7 @@ def summarize(study: Study, records: Iterable[Record]) -> list[Line]:
             method=method,
             way=own[0]["method"] if method in study.best_of else None,
             gain=gain,
-            diverged=len(_beside(own, baseline)) - len(_ended(_beside(own, baseline))),
+            diverged=sum("diverged" in record for record in _beside(own, baseline)),
             adjusted_p_value=adjusted.get(_names(own, baseline), math.nan),
             forgetting=_first_and_last(_ended(own), "forget/accuracy_"),
             seen=_first_and_last(_ended(own), "forget/seen_accuracy_"),
