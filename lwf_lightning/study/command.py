@@ -25,6 +25,7 @@ from lwf_lightning.study.config import Study
 from lwf_lightning.study.data_files import told_of_changed
 from lwf_lightning.study.figures import draw_all
 from lwf_lightning.study.file import StudyParser
+from lwf_lightning.study.kept import kept
 from lwf_lightning.study.matrix import (
     Record,
     Run,
@@ -144,15 +145,16 @@ def report(study: Study, console: Console) -> None:
     if not lines:
         console.print("\n".join([*missing, _why_nothing(study, records)]), soft_wrap=True)
         return
-    pooled = pool(study, records)
+    pooled, of_runs = pool(study, records), kept(study, records)
     head = [*tuning_in_words(study), *(f"Not there yet: {line}" for line in missing)]
-    table = markdown(study, lines, pooled, head)
+    table = markdown(study, lines, pooled, of_runs, head)
     with whole_file(study.folder / "results.md") as temporary:
         temporary.write_text(table, encoding="utf-8")
-    pictures = draw_all(study, lines, pooled, records)
-    write_page(study, lines, pooled, records, missing, pictures, study.folder / "index.html")
+    pictures = draw_all(study, lines, pooled, of_runs, records)
+    page = study.folder / "index.html"
+    write_page(study, lines, pooled, of_runs, records, missing, pictures, page)
     console.print(table, soft_wrap=True)
-    console.print(f"Page: {study.folder / 'index.html'}", soft_wrap=True)
+    console.print(f"Page: {page}", soft_wrap=True)
 
 
 def _why_nothing(study: Study, records: Iterable[Record]) -> str:

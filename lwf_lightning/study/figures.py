@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lwf_lightning.files import whole_file
 from lwf_lightning.forgetting.planted import last_scores
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.kept import Kept, kept_curves
 from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.matrix import Record
 from lwf_lightning.study.measure import measure_of
@@ -34,23 +35,34 @@ class Pictures:
     Attributes:
         map: Where methods gain; None if the study has none.
         pooled: Gains over all cells together; None with one cell.
+        kept: What validation keeps of a number of runs; None without tuning.
         cells: Cell -> title -> file.
     """
 
     map: Path | None
     pooled: Path | None
+    kept: Path | None
     cells: dict[str, dict[str, Path]]
 
 
 def draw_all(
-    study: Study, lines: Sequence[Line], pooled: Sequence[Pooled], records: Sequence[Record]
+    study: Study,
+    lines: Sequence[Line],
+    pooled: Sequence[Pooled],
+    kept: Sequence[Kept],
+    records: Sequence[Record],
 ) -> Pictures:
     """Draws what there is to draw: a map, all cells together, and a set of pictures per cell."""
     folder = study.folder / "figures"
-    places, overall = gain_map(study, lines), gains(study, pooled)
+    places, overall, curves = (
+        gain_map(study, lines),
+        gains(study, pooled),
+        kept_curves(study, kept),
+    )
     pictures = Pictures(
         map=_save(places, folder / "map.png") if places else None,
         pooled=_save(overall, folder / "pooled.png") if overall else None,
+        kept=_save(curves, folder / "kept.png") if curves else None,
         cells={},
     )
     for cell in study.cells:

@@ -212,11 +212,16 @@ def _validated(
         ]
         if any(record is None for record in found):
             return None
-        means.append(fmean(_judged(r, study.validation_figure) for r in found if r is not None))
+        means.append(fmean(validated(r, study.validation_figure) for r in found if r is not None))
     return means
 
 
-def _judged(trial: Record, figure: str) -> float:
+def validated(trial: Record, figure: str) -> float:
+    """What a trial is chosen by, higher is better: -inf if it diverged or the figure is NaN.
+
+    Raises:
+        ValueError: If it logged no such figure; names ``tuning.figure`` and the trial.
+    """
     if "diverged" in trial:
         return -math.inf
     curves = trial["curves"]

@@ -10,11 +10,12 @@ from pathlib import Path
 from lwf_lightning.files import whole_file
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.figures import Pictures
+from lwf_lightning.study.kept import Kept
 from lwf_lightning.study.matrix import Record, tuning_in_words
 from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.pooled import Pooled
 from lwf_lightning.study.summary import Line
-from lwf_lightning.study.tables import pooled_table, tables
+from lwf_lightning.study.tables import kept_table, pooled_table, tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
@@ -37,6 +38,7 @@ def write_page(
     study: Study,
     lines: Sequence[Line],
     pooled: Sequence[Pooled],
+    kept: Sequence[Kept],
     records: Sequence[Record],
     missing: Sequence[str],
     pictures: Pictures,
@@ -48,6 +50,7 @@ def write_page(
         study: The study.
         lines: Its summary.
         pooled: Its methods over all cells; none with one cell.
+        kept: What validation keeps of a number of runs; none without tuning.
         records: All its records, for commands and versions.
         missing: What it lacks, in words.
         pictures: Its figures; each is put into the page.
@@ -86,6 +89,18 @@ def write_page(
         )
     if pictures.pooled is not None:
         body.append(_picture("gain over all cells", pictures.pooled))
+    if kept:
+        table = kept_table(study, kept)
+        body.append(f"<h2>{html.escape(table.title)}</h2>" + _table(table.headings, table.rows))
+        body.append(
+            '<p class="note">As one does who wants a model and not a mean: of a number of trials, '
+            "each a setting of the method's space with a seed of its own, the one that validates "
+            "best is kept. Its figure on the test split, expected over the draws of as many from "
+            "all trials, and how much better it is than that of as many runs of the baseline, mean "
+            "over cells; the 95 % interval has the cells as its sample.</p>"
+        )
+    if pictures.kept is not None:
+        body.append(_picture("the run that validation keeps", pictures.kept))
     if pictures.map is not None:
         body.append("<h2>where it pays</h2>" + _picture("where it pays", pictures.map))
     for cell in study.cells:

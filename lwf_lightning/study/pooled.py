@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -87,11 +87,15 @@ def _names(pairs: Pairs) -> frozenset[tuple[str, str]]:
     return frozenset((record["run"], other["run"]) for record, other in pairs.values())
 
 
-def _groups(cells: Iterable[Pairs]) -> list[list[Pairs]]:
-    """The cells, those together that share runs, be it through a third."""
-    groups: list[tuple[set[str], list[Pairs]]] = []
-    for pairs in cells:
-        runs, members = {run for names in _names(pairs) for run in names}, [pairs]
+def groups_that_share(cells: Sequence[Set[str]]) -> list[list[int]]:
+    """Places of the cells, those together that share runs, be it through a third.
+
+    Args:
+        cells: The names of each cell's runs.
+    """
+    groups: list[tuple[Set[str], list[int]]] = []
+    for place, runs in enumerate(cells):
+        members = [place]
         apart = []
         for group in groups:
             if runs.isdisjoint(group[0]):
@@ -110,7 +114,10 @@ def _figures(study: Study, group: Sequence[Pairs]) -> np.ndarray:
 
 
 def _pooled(study: Study, method: str, cells: Iterable[Pairs]) -> Pooled | None:
-    figures = [f for group in _groups(cells) if (f := _figures(study, group)).size]
+    cells = list(cells)
+    names = [frozenset(run for pair in _names(pairs) for run in pair) for pairs in cells]
+    groups = [[cells[place] for place in places] for places in groups_that_share(names)]
+    figures = [f for group in groups if (f := _figures(study, group)).size]
     if not figures:
         return None
     gains = [f[..., 0] - f[..., 1] for f in figures]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.kept import Kept
 from lwf_lightning.study.measure import Measure, measure_of
 from lwf_lightning.study.pooled import Pooled
 from lwf_lightning.study.statistics import Gain
@@ -153,8 +154,32 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
     return Table(f"all cells, against {study.label(study.baseline)}", headings, rows)
 
 
+def kept_table(study: Study, kept: Sequence[Kept]) -> Table:
+    """The run that validation keeps, a column per number of runs."""
+    measure = measure_of(study.figure)
+    budgets = sorted({line.runs for line in kept})
+    rows = []
+    for method in dict.fromkeys(line.method for line in kept):
+        told = {line.runs: _kept(measure, line) for line in kept if line.method == method}
+        rows.append((study.label(method), *(told.get(runs, "") for runs in budgets)))
+    runs = ("1 run", *(f"best of {runs}" for runs in budgets[1:]))
+    title = f"the run that validation keeps of as many, against {study.label(study.baseline)}"
+    return Table(title, ("method", *runs), rows)
+
+
+def _kept(measure: Measure, line: Kept) -> str:
+    if math.isnan(line.figure):
+        return ""
+    gain = _interval(*(measure.told(v, "+") for v in (line.gain, line.low, line.high)))
+    return measure.told(line.figure) + (f", {gain}" if gain else "")
+
+
 def markdown(
-    study: Study, lines: Sequence[Line], pooled: Sequence[Pooled] = (), notes: Sequence[str] = ()
+    study: Study,
+    lines: Sequence[Line],
+    pooled: Sequence[Pooled] = (),
+    kept: Sequence[Kept] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """What is compared with what, all cells together where there are several, then each cell.
 
@@ -162,6 +187,7 @@ def markdown(
         study: The study.
         lines: A line per cell and method.
         pooled: Those of all cells together.
+        kept: Those of the runs that validation keeps.
         notes: What else its head says, a paragraph each.
     """
     less = "" if measure_of(study.figure).sign > 0 else ", of which less is better"
@@ -170,6 +196,9 @@ def markdown(
     parts += [line for note in notes for line in (note, "")]
     if pooled:
         table = pooled_table(study, pooled)
+        parts += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
+    if kept:
+        table = kept_table(study, kept)
         parts += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
     for cell in study.cells:
         if own := [line for line in lines if line.cell == cell]:

@@ -83,7 +83,7 @@ def test_a_lower_loss_is_a_gain_in_nats(tmp_path: Path) -> None:
     pictures = [gains(study, own), gain_map(study, own)]
     assert pictures[0].axes[0].get_xlabel().startswith(axis)
     assert pictures[1].axes[0].get_ylabel().startswith(axis)
-    write_page(study, own, [], [], [], Pictures(None, None, {}), tmp_path / "index.html")
+    write_page(study, own, [], [], [], [], Pictures(None, None, None, {}), tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert "in nats of <code>test/loss</code>, of which less is better" in page
 
@@ -96,7 +96,9 @@ def test_a_ceiling_that_is_not_surely_above_leaves_a_dash(tmp_path: Path) -> Non
     lines = summarize(study, found)
     shares = {line.method: cells_of(study, line)[5] for line in lines}
     assert shares == {"vanilla": "", "one": "-", "two": "-", "twin": "-"}
-    write_page(study, lines, [], [], [], Pictures(None, None, {}), tmp_path / "index.html")
+    write_page(
+        study, lines, [], [], [], [], Pictures(None, None, None, {}), tmp_path / "index.html"
+    )
     assert "a dash" in (tmp_path / "index.html").read_text()
     assert markdown(study, lines).count("No share (-): the gap's own") == 1
     assert "No share" not in markdown(study, summarize(study, records()))
@@ -108,9 +110,9 @@ def test_a_page_names_all_versions_and_keeps_the_pictures_of_cells_apart(tmp_pat
     found = [{**record, **told, "log": "none", "folder": "none"} for record in records()]
     for number, record in enumerate(found):
         record["versions"] = {"torch": "2.13" if number % 2 else "2.14", "python": "3.11"}
-    drawn = draw_all(study, summarize(study, found), [], found)
+    drawn = draw_all(study, summarize(study, found), [], [], found)
     assert {cell: len(own) for cell, own in drawn.cells.items()} == {"a": 2, "a: b": 2}
-    write_page(study, summarize(study, found), [], found, [], drawn, tmp_path / "index.html")
+    write_page(study, summarize(study, found), [], [], found, [], drawn, tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert "torch 2.14 and 2.13, python 3.11" in page
     assert page.count("<img") == 4
@@ -149,7 +151,7 @@ def test_with_a_run_that_diverged_there_is_no_gain(method: str, tmp_path: Path) 
     pooled = pool(study, found)
     row = next(row for row in pooled_table(study, pooled).rows if row[0] in (method, "two"))
     assert (row[4] == "") == (method != "twin")
-    assert draw_all(study, list(lines.values()), pooled, found).map is not None
+    assert draw_all(study, list(lines.values()), pooled, [], found).map is not None
 
 
 def test_before_training_is_step_zero_alone() -> None:
