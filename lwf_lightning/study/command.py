@@ -140,13 +140,13 @@ def report(study: Study, console: Console) -> None:
         console.print(f"{others} records that the study no longer asks for are left out.")
     notes = [told_of_untrained(study, records), told_of_unknown(study, records)]
     _tell([*chain(*notes), *told_of_changed(records), *what_diverged(records)], console)
-    lines = summarize(study, records)
+    lines, pooled, of_runs = summarize(study, records), pool(study, records), kept(study, records)
     missing = what_is_missing(study, recorded)
-    if not lines:
-        console.print("\n".join([*missing, _why_nothing(study, records)]), soft_wrap=True)
+    nothing = [] if lines else [_why_nothing(study, records)]
+    if not lines and not of_runs:
+        console.print("\n".join([*missing, *nothing]), soft_wrap=True)
         return
-    pooled, of_runs = pool(study, records), kept(study, records)
-    head = [*tuning_in_words(study), *(f"Not there yet: {line}" for line in missing)]
+    head = [*tuning_in_words(study), *(f"Not there yet: {line}" for line in missing), *nothing]
     table = markdown(study, lines, pooled, of_runs, head)
     with whole_file(study.folder / "results.md") as temporary:
         temporary.write_text(table, encoding="utf-8")

@@ -105,6 +105,18 @@ def told_by_a_report(study: Study) -> str:
     return console.export_text()
 
 
+def test_of_trials_alone_it_says_what_validation_keeps(given: dict[str, Any]) -> None:
+    study = Study(**given)
+    for run in missing_runs(study):
+        if run.stage == "tuning":
+            record(study, run, 2.0)
+    told = told_by_a_report(study)
+    assert "Nothing to compare yet: no run of the comparison is recorded" in told
+    assert (study.folder / "figures" / "kept.png").stat().st_size > 0
+    for file in ("results.md", "index.html"):
+        assert "the run that validation keeps of as many" in (study.folder / file).read_text()
+
+
 def test_a_report_names_what_is_missing(given: dict[str, Any]) -> None:
     study = Study(**given)
     trial, *others = [run for run in missing_runs(study) if run.stage == "tuning"]
