@@ -24,7 +24,7 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2em; border-top: 1px solid #ddd; p
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; display: block;
   overflow-x: auto; }
 th, td { padding: 4px 10px; border-bottom: 1px solid #e5e5e5; text-align: right;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
+  font-variant-numeric: tabular-nums; white-space: pre; vertical-align: top; }
 th { border-bottom: 2px solid #999; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 .words-last th:last-child, .words-last td:last-child { text-align: left; white-space: normal; }
@@ -91,7 +91,9 @@ def write_page(
         body.append(_picture("gain over all cells", pictures.pooled))
     if kept:
         table = kept_table(study, kept)
-        body.append(f"<h2>{html.escape(table.title)}</h2>" + _table(table.headings, table.rows))
+        rows = [[row[0], *(cell.replace(", ", "\n", 1) for cell in row[1:])] for row in table.rows]
+        marks = ["baseline" if row[0] == study.label(study.baseline) else "" for row in rows]
+        body.append(f"<h2>{html.escape(table.title)}</h2>" + _table(table.headings, rows, marks))
         body.append(
             '<p class="note">As one does who wants a model and not a mean: of a number of trials, '
             "each a setting of the method's space with a seed of its own, the one that validates "
