@@ -77,15 +77,16 @@ def write_page(
     ]
     if pooled:
         table = pooled_table(study, pooled)
-        body.append(f"<h2>{html.escape(table.title)}</h2>" + _table(table.headings, table.rows))
-        body.append(
-            '<p class="note">The first interval says what other seeds may give in these same '
+        body += _section(
+            table.title,
+            _table(table.headings, table.rows),
+            "The first interval says what other seeds may give in these same "
             "cells; it is the thick one of the figure, and there is none where cells have one "
             "seed. The second, the thin one between ticks, says what other cells may give. Cells "
             "that share runs, such as the baseline's, rise and fall together: they are one "
             "observation of the second, and the first takes their mean, seed by seed. The column "
             "of cells says in how many such groups they are, where any share runs; the gain is "
-            "the mean over groups.</p>"
+            "the mean over groups.",
         )
     if pictures.pooled is not None:
         body.append(_picture("gain over all cells", pictures.pooled))
@@ -93,13 +94,14 @@ def write_page(
         table = kept_table(study, kept)
         rows = [[row[0], *(cell.replace(", ", "\n", 1) for cell in row[1:])] for row in table.rows]
         marks = ["baseline" if row[0] == study.label(study.baseline) else "" for row in rows]
-        body.append(f"<h2>{html.escape(table.title)}</h2>" + _table(table.headings, rows, marks))
-        body.append(
-            '<p class="note">As one does who wants a model and not a mean: of a number of trials, '
+        body += _section(
+            table.title,
+            _table(table.headings, rows, marks),
+            "As one does who wants a model and not a mean: of a number of trials, "
             "each a setting of the method's space with a seed of its own, the one that validates "
             "best is kept. Its figure on the test split, expected over the draws of as many from "
             "all trials, and how much better it is than that of as many runs of the baseline, mean "
-            "over cells; the 95 % interval has the cells as its sample.</p>"
+            "over cells; the 95 % interval has the cells as its sample.",
         )
     if pictures.kept is not None:
         body.append(_picture("the run that validation keeps", pictures.kept))
@@ -131,6 +133,10 @@ def write_page(
     )
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _section(title: str, table: str, note: str) -> list[str]:
+    return [f"<h2>{html.escape(title)}</h2>{table}", f'<p class="note">{html.escape(note)}</p>']
 
 
 def _picture(title: str, file: Path) -> str:
