@@ -105,7 +105,8 @@ def forgetting_confidence(
             theta_base - alpha g. ``unit`` (ours) is theta_base - alpha g / |g|: all texts go
             equally far, so that confidence tells *where* a text pulls. Otherwise the texts that
             the model is least sure of, which have the largest gradients, come first whatever
-            they are about; see docs/results/world.md. A text without a gradient stays at theta_base.
+            they are about; see docs/results/world.md. A text without a gradient stays at
+            theta_base.
         reduction: Whether a text's loss is the mean (ours by default; the paper does not say) or
             the sum over its labelled tokens.
         text_loss: Another loss than :func:`~lwf_lightning.losses.per_text_loss`: (model, batch)

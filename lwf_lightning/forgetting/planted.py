@@ -36,7 +36,7 @@ def confidence_by_part(
 ) -> PartScores:
     """Joins the scores of a run's last refresh with what is known of each prompt.
 
-    Texts of prompts that the rows lack are left out.
+    Texts of prompts that the rows lack are left out, and so are rows without a prompt.
 
     Args:
         run_folder: Folder of a run that scored its self-knowledge.
@@ -44,7 +44,8 @@ def confidence_by_part(
         field: The field that tells parts apart.
         value: Its value in the rows that should be forgotten.
     """
-    part_of = {row["prompt"]: row.get(field) for row in json_lines(planted_rows)}
+    known = [row for row in json_lines(planted_rows) if "prompt" in row]
+    part_of = {row["prompt"]: row.get(field) for row in known}
     rows = [row for row in last_scores(run_folder) if row["prompt"] in part_of]
     parts = [str(part_of[row["prompt"]]) for row in rows]
     sought = torch.tensor([part == value for part in parts], dtype=torch.bool)

@@ -14,7 +14,7 @@ from lwf_lightning.datamodule import LWFDataModule
 from lwf_lightning.memory_report import size
 from lwf_lightning.module import LWFModule
 from lwf_lightning.study.config import Study
-from lwf_lightning.study.expected import DECODING_PASSES, Expected, Work, expected, model_of
+from lwf_lightning.study.expected import DECODING_PASSES, Expected, expected, model_of
 from lwf_lightning.study.matrix import Run
 from lwf_lightning.study.overlay import overlaid
 from lwf_lightning.study.tables import markdown_table
@@ -159,7 +159,9 @@ def table(study: Study, checked: Iterable[Checked], flops: float) -> list[str]:
     for (method, task), own in rows.items():
         hours = [one.expected.work.hours(one.expected.parameters, flops) for one in own]
         top = max((one.expected for one in own), key=lambda found: found.memory)
-        row = [study.label(method), task, str(len(own)), f"{own[0].expected.steps}"]
+        steps = sorted({one.expected.steps for one in own})
+        told = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        row = [study.label(method), task, str(len(own)), told]
         row += [_span(hours), _time(sum(hours)), f"{size(top.memory)} ({top.phase})"]
         cells.append(row)
     return markdown_table(HEADINGS, cells)
@@ -169,11 +171,10 @@ def summary(checked: Sequence[Checked], flops: float) -> list[str]:
     """Totals, and what they assume."""
     runs = sum(one.expected.work.hours(one.expected.parameters, flops) for one in checked)
     # The first run to need a pool elicits it for all.
-    elicited: dict[str, Work] = {}
+    elicited: dict[str, Expected] = {}
     for one in checked:
-        elicited.setdefault(one.expected.pool, one.expected.elicitation)
-    parameters = max(one.expected.parameters for one in checked)
-    once = sum(work.hours(parameters, flops) for work in elicited.values())
+        elicited.setdefault(one.expected.pool, one.expected)
+    once = sum(own.elicitation.hours(own.parameters, flops) for own in elicited.values())
     pools = len([pool for pool in elicited if pool])
     return [
         f"{len(checked)} runs, every configuration accepted: {_time(runs)} of one device, and "

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _act(study: Study, options: Any) -> None:
-    console = Console(markup=False)  # names and labels may hold brackets
+    console = Console(markup=False, emoji=False)  # names may hold brackets, and colons
     check_counts(options.workers, options.threads)
     for flag in ("flops", "data_dir"):
         if not options.check and getattr(options, flag) is not None:
@@ -118,7 +118,7 @@ def _act(study: Study, options: Any) -> None:
         for run in missing_runs(study):
             console.print(f"{run.identity}  {run.stage}  {', '.join(run.cells)}", soft_wrap=True)
         # The list alone is what a launcher reads.
-        _tell_awaited(study, Console(stderr=True, markup=False))
+        _tell_awaited(study, Console(stderr=True, markup=False, emoji=False))
         return
     if options.check:
         _check(study, 1e14 if options.flops is None else options.flops, options.data_dir, console)

@@ -17,6 +17,9 @@ Value: TypeAlias = str | bool | int | float | list | dict | None  # type: ignore
 """A value of a configuration as its file has it. Of ``Any`` the parser would read a string once
 more: the estimator 'true' would become a bool."""
 
+VALIDATED = ("val/", "forget/accuracy", "forget/seen_accuracy")
+"""How the names of figures begin that a fit's validation measures."""
+
 _NAMED = 20
 """Values that a message names."""
 
@@ -125,6 +128,7 @@ class Study:
         if self.ceiling is not None and self.ceiling not in self.methods:
             _raise_unknown("ceiling", self.ceiling, self.methods)
         self._check_names()
+        self._check_figures()
         for factor, places in self.map.items():
             _check_places(factor, places, self.cells)
         if self.planted is not None:
@@ -150,13 +154,13 @@ class Study:
     @property
     def folder(self) -> Path:
         """Folder of this study."""
-        return Path(self.output) / self.name
+        return Path(self.output).expanduser() / self.name
 
     def base_config(self) -> dict[str, Any]:
         """Reads the base configuration.
 
         Raises:
-            ValueError: If the file is missing, no YAML, or holds no named values.
+            ValueError: If the file is missing, no YAML, holds no named values, or logs nothing.
         """
         path = Path(self.base)
         if not path.is_file():
@@ -168,6 +172,11 @@ class Study:
             raise ValueError(f"base: {told}") from error
         if not isinstance(config, dict):
             raise ValueError(f"base: {path} holds no configuration")
+        if (config.get("trainer") or {}).get("logger") is False:
+            raise ValueError(
+                f"base: trainer.logger is false in {path}, but a study reads what its runs log: "
+                "leave it out"
+            )
         return copy.deepcopy(config)
 
     @property
@@ -179,7 +188,8 @@ class Study:
     def label(self, method: str) -> str:
         """The name of a method in tables and figures."""
         spec = self.methods.get(method)
-        return (spec.label if spec else None) or method
+        label = (spec.label if spec else None) or method
+        return " ".join(label.split())  # a table has it in one line
 
     def _check_names(self) -> None:
         for role, names in (("cells", self.cells), ("methods", self.methods)):
@@ -193,6 +203,18 @@ class Study:
                     f"methods: two are called {label!r} in tables and figures: give one of them "
                     "another label, or another name in best_of"
                 )
+
+    def _check_figures(self) -> None:
+        if not self.figure.startswith("test/"):
+            raise ValueError(
+                f"figure: what is compared is measured on the test split and begins with test/, as "
+                f"test/accuracy, got {self.figure!r}"
+            )
+        if not self.validation_figure.startswith(VALIDATED):
+            raise ValueError(
+                "tuning.figure: what is chosen by is measured in validation and begins with one of "
+                f"{', '.join(VALIDATED)}, got {self.validation_figure!r}"
+            )
 
     def _check_ways(self, name: str, ways: Sequence[str]) -> None:
         role = f"best_of.{name}"

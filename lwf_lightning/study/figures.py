@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lwf_lightning.files import whole_file
 from lwf_lightning.forgetting.planted import last_scores
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.drawn import drawn_label, literal
 from lwf_lightning.study.kept import Kept, kept_curves
 from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.matrix import Record
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY, RED, BLUE = "#7f7f7f", "#d62728", "#1f77b4"
+_WIDTH = 40
+"""Characters of a line that leave half of a figure's width."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def gains(study: Study, lines: Sequence[Line] | Sequence[Pooled]) -> Figure | No
     )
     if not shown:
         return None
-    names, figure = _rows([study.label(line.method) for line in shown])
+    names = [drawn_label(study, line.method, _WIDTH) for line in shown]
+    figure = _rows(names)
     axes = figure.subplots()
     measure = measure_of(study.figure)
     factor = measure.factor
@@ -128,10 +132,10 @@ def gains(study: Study, lines: Sequence[Line] | Sequence[Pooled]) -> Figure | No
         else f"mean and 95 % interval, {told} seeds"
     )
     if any(math.isnan(line.gain.low) and not math.isnan(line.gain.gain) for line in shown):
-        what += "; hollow: no interval with one seed"
+        what += "; hollow: no interval, with one seed or all alike"
     compared = f"{study.figure} {measure.above} {study.label(study.baseline)}, {measure.unit}"
     label = f"{compared} ({what})"
-    axes.set_xlabel(textwrap.fill(label, 60))
+    axes.set_xlabel(literal(textwrap.fill(label, 60)))
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -157,9 +161,9 @@ def learning_curves(
             curves.setdefault(record["method"], {}).setdefault(step, []).append(value)
     if not curves:
         return None
-    marks = {baseline: study.label(study.baseline)}
+    marks = {baseline: drawn_label(study, study.baseline, _WIDTH)}
     if study.ceiling is not None:
-        marks[study.ceiling] = study.label(study.ceiling)
+        marks[study.ceiling] = drawn_label(study, study.ceiling, _WIDTH)
     shown = [m for m in study.methods if m in curves and m not in marks] or list(curves)
     figure, panels = _panels(len(shown), shared=True)
     for axes, method in zip(panels, shown, strict=True):
@@ -171,7 +175,7 @@ def learning_curves(
         low, high = ([end(curves[method][step]) for step in steps] for end in (min, max))
         axes.fill_between(steps, low, high, color=RED, alpha=0.2, lw=0)
         axes.plot(*_mean(curves[method]), "o-", ms=2.5, lw=1.5, color=RED, label="method of panel")
-        axes.set_title(textwrap.fill(study.label(method), 32), fontsize=8)
+        axes.set_title(drawn_label(study, method, 32), fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -215,7 +219,7 @@ def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
         axes.set_xticks(_decades([*kept, *chosen], scale))
         more = f" and {len(others)} more" if others else ""
         title = f"{study.label(record['method'])}{more}, seed {record['seed']}"
-        axes.set_title(textwrap.fill(title, 32), fontsize=8)
+        axes.set_title(literal(textwrap.fill(title, 32)), fontsize=8)
         axes.tick_params(labelsize=7)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
@@ -227,7 +231,8 @@ def confidences(study: Study, records: Sequence[Record]) -> Figure | None:
 def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
     """Time and memory as multiples of the baseline's, of each method once."""
     lines = [line for line in lines if line.way is None]
-    names, figure = _rows([study.label(line.method) for line in lines])
+    names = [drawn_label(study, line.method, _WIDTH) for line in lines]
+    figure = _rows(names)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, values, title in (
         (left, [line.seconds for line in lines], "time of a run"),
@@ -237,7 +242,7 @@ def costs(study: Study, lines: Sequence[Line]) -> Figure | None:
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         axes.axvline(1, color="black", lw=1, ls="--")
         told = f"{title}, multiple of {study.label(study.baseline)}"
-        axes.set_xlabel(textwrap.fill(told, 40), fontsize=8)
+        axes.set_xlabel(literal(textwrap.fill(told, _WIDTH)), fontsize=8)
         axes.set_xlim(0, 1.15 * max((v for v in values if not math.isnan(v)), default=1.0))
     left.invert_yaxis()
     return figure
@@ -247,7 +252,8 @@ def _wide_range(values: Sequence[float]) -> tuple[list[float], float]:
     """Edges of 30 bins, even on an axis that is linear up to five medians and logarithmic on."""
     scale = 5 * median(abs(value) for value in values) or 1.0
     low, high = math.asinh(min(values) / scale), math.asinh(max(values) / scale)
-    return [scale * math.sinh(low + (high - low) * n / 30) for n in range(31)], scale
+    inner = [scale * math.sinh(low + (high - low) * n / 30) for n in range(1, 30)]
+    return [min(values), *inner, max(values)], scale  # rounding would leave the outermost out
 
 
 def _decades(values: Sequence[float], scale: float) -> list[float]:
@@ -275,11 +281,10 @@ def _mean(curve: Mapping[int, Sequence[float]]) -> tuple[list[int], list[float]]
     return steps, [fmean(curve[step]) for step in steps]
 
 
-def _rows(labels: Sequence[str]) -> tuple[list[str], Figure]:
-    """The labels in lines that leave half of a figure's width, and one as high as they need."""
-    names = [textwrap.fill(label, 40) for label in labels]
+def _rows(names: Sequence[str]) -> Figure:
+    """A figure as high as the names beside it need."""
     lines = max((name.count("\n") for name in names), default=0)
-    return names, _figure(8, 0.9 + (0.32 + 0.17 * lines) * len(names))
+    return _figure(8, 0.9 + (0.32 + 0.17 * lines) * len(names))
 
 
 def _panels(count: int, shared: bool = False) -> tuple[Figure, list[Axes]]:

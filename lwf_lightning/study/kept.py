@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.drawn import drawn_label
 from lwf_lightning.study.matrix import Record, settings_of, validated
-from lwf_lightning.study.measure import measure_of
+from lwf_lightning.study.measure import Measure, measure_of
 from lwf_lightning.study.pooled import groups_that_share
 from lwf_lightning.study.statistics import t_interval
 from lwf_lightning.study.summary import compared_figure
@@ -34,6 +35,7 @@ class Kept:
     Attributes:
         method: Key of the method, or of the study's ``best_of``.
         runs: How many of its trials are drawn, each a setting of its space with a seed of its own.
+        cells: In how many cells the method and the baseline have all of theirs.
         figure: The compared figure of the run that validates best among them: expected over the
             draws, mean over cells.
         gain: How much better it is than what as many runs of the baseline give; NaN for the
@@ -45,6 +47,7 @@ class Kept:
 
     method: str
     runs: int
+    cells: int
     figure: float
     gain: float
     low: float
@@ -110,15 +113,19 @@ def kept(study: Study, records: Iterable[Record]) -> list[Kept]:
 
 
 def kept_curves(study: Study, lines: Sequence[Kept]) -> Figure | None:
-    """The figure of the kept run against the number of runs: the baseline, and the eight best."""
+    """The figure of the kept run against the number of runs: the baseline, and the eight best.
+
+    Only what has all cells of the baseline: over others a mean is no higher or lower than its own.
+    """
     measure = measure_of(study.figure)
     curves: dict[str, list[Kept]] = {}
     for line in lines:
         curves.setdefault(line.method, []).append(line)
     if study.baseline not in curves or not any(len(curve) > 1 for curve in curves.values()):
         return None
-    others = [method for method in curves if method != study.baseline]
-    others.sort(key=lambda method: -measure.sign * curves[method][-1].figure)
+    cells = curves[study.baseline][0].cells
+    others = [m for m in curves if m != study.baseline and curves[m][0].cells == cells]
+    others.sort(key=lambda method: _worth(measure, curves[method][-1]), reverse=True)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -127,7 +134,8 @@ def kept_curves(study: Study, lines: Sequence[Kept]) -> Figure | None:
         runs = [line.runs for line in curves[method]]
         figures = [measure.factor * line.figure for line in curves[method]]
         style, colour = ("o--", "black") if method == study.baseline else ("o-", None)
-        axes.plot(runs, figures, style, color=colour, ms=4, lw=1.5, label=study.label(method))
+        label = drawn_label(study, method, 40)
+        axes.plot(runs, figures, style, color=colour, ms=4, lw=1.5, label=label)
     axes.set_xscale("log", base=2)
     ticks = sorted({line.runs for line in lines})
     axes.set_xticks(ticks, [str(runs) for runs in ticks])
@@ -137,6 +145,10 @@ def kept_curves(study: Study, lines: Sequence[Kept]) -> Figure | None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _worth(measure: Measure, line: Kept) -> float:
+    return -math.inf if math.isnan(line.figure) else measure.sign * line.figure
 
 
 def _trials(study: Study, records: Sequence[Record]) -> dict[str, Trials]:
@@ -168,6 +180,7 @@ def _kept(study: Study, method: str, runs: int, own: Trials, beside: Trials) -> 
     return Kept(
         method=method,
         runs=runs,
+        cells=len(own),
         figure=sign * fmean(fmean(figures[cells[n]] for n in group) for group in groups),
         gain=float(gains.mean()),
         low=low,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lwf_lightning.study.config import Study
+from lwf_lightning.study.drawn import drawn_label, literal
 from lwf_lightning.study.measure import measure_of
 from lwf_lightning.study.summary import Line
 
@@ -33,7 +34,7 @@ def gain_map(study: Study, lines: Sequence[Line]) -> Figure | None:
 
     columns = min(2, len(study.map))
     rows = math.ceil(len(study.map) / columns)
-    names = [textwrap.fill(study.label(method), 30) for method in methods]
+    names = [drawn_label(study, method, 30) for method in methods]
     beside = min(len(names), 2 * columns)  # two entries of the legend are as wide as a panel
     deep = math.ceil(len(names) / beside) * max(name.count("\n") + 1 for name in names)
     figure = Figure(
@@ -55,7 +56,7 @@ def gain_map(study: Study, lines: Sequence[Line]) -> Figure | None:
         "(mean and 95 % interval)"
     )
     for axes in grid[::columns]:
-        axes.set_ylabel(textwrap.fill(told, 34), fontsize=9)
+        axes.set_ylabel(literal(textwrap.fill(told, 34)), fontsize=9)
     return figure
 
 
@@ -84,7 +85,7 @@ def _panel(
             linewidth=1.3,
             elinewidth=1,
             capsize=2,
-            label=textwrap.fill(study.label(method), 30),
+            label=drawn_label(study, method, 30),
         )
     axes.axhline(0, color="#7f7f7f", linewidth=1, linestyle="--")
     axes.set_xticks(range(len(cells)), [f"{places[cell]:g}" for cell in cells])

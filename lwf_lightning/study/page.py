@@ -145,7 +145,7 @@ def _picture(title: str, file: Path) -> str:
 
 
 def _provenance(study: Study, records: Sequence[Record]) -> str:
-    commits = sorted({str(record["commit"]) for record in records})
+    commits = sorted({record["commit"] or "unknown" for record in records})
     versions: dict[str, list[str]] = {}
     for record in records:
         for name, version in record["versions"].items():

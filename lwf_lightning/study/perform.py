@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import platform
 import re
 import resource
@@ -12,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import yaml
 
 from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.files import whole_file
-from lwf_lightning.study.config import Study
+from lwf_lightning.study.config import VALIDATED, Study
 from lwf_lightning.study.data_files import data_digests
 from lwf_lightning.study.matrix import Run
 from lwf_lightning.study.overlay import looked_up, overlaid
@@ -36,7 +36,7 @@ _PACKAGES = ("lwf-lightning", "torch", "lightning", "transformers")
 def perform(study: Study, run: Run) -> dict[str, Any]:
     """Fits and tests, in this process; a run that was interrupted goes on where it was.
 
-    The checkpoints are removed in the end: the configuration makes them again.
+    Its checkpoints stay until :func:`remove_checkpoints`.
 
     Args:
         study: The study.
@@ -47,12 +47,11 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
         split, ``area`` and ``precision`` where knowledge was planted, digests of the data files,
         whether the fit went on from a checkpoint, and of this process the seconds of the fit and
         the most memory that it held during the run, in bytes: of a resumed run those of its last
-        part alone. A run that diverged has neither figures nor curves, but ``diverged``, and NaN
-        to be chosen by.
+        part alone. A run that diverged has neither figures nor curves, but ``diverged``.
 
     Raises:
-        ValueError: If the fit logged no validation figure to choose by, or none after its first
-            step, or the test not the figure that is compared.
+        ValueError: If the fit of a trial logged no validation figure to choose by, or none after
+            its first step, or the test not the figure that is compared.
     """
     from lwf_lightning.cli import main as command_line
 
@@ -72,23 +71,22 @@ def perform(study: Study, run: Run) -> dict[str, Any]:
     metrics = cli.trainer.callback_metrics.items()
     figures = {name: float(value) for name, value in metrics if name.startswith("test/")}
     log = Path(str(cli.trainer.log_dir))
-    curves = read_curves(log / "metrics.csv", ("val/", "forget/accuracy", "forget/seen_accuracy"))
+    curves = read_curves(log / "metrics.csv", VALIDATED)
     chosen_by, steps = study.validation_figure, cli.trainer.global_step
     if study.figure not in figures:
         raise ValueError(
             f"figure: the test of {run.identity} measured no {study.figure}, only "
             + ", ".join(sorted(figures))
         )
-    if chosen_by not in curves:
-        raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
-    if run.stage == "tuning" and curves[chosen_by][0][-1] == 0 < steps:
-        raise ValueError(untrained(run, steps))
-    shutil.rmtree(log / "checkpoints", ignore_errors=True)
+    if run.stage == "tuning":
+        if chosen_by not in curves:
+            raise ValueError(f"{file}: the fit validated nothing named {chosen_by}")
+        if curves[chosen_by][0][-1] == 0 < steps:
+            raise ValueError(untrained(run, steps))
     return {
         **_described(study, run, file),
         "log": str(log),
         "figures": figures,
-        "validation": curves[chosen_by][1][-1],
         "curves": curves,
         **found_figures(study, log),
         "planted": None if study.planted is None else asdict(study.planted),
@@ -103,18 +101,21 @@ def _diverged(
     study: Study, run: Run, file: Path, error: BaseException, seconds: float
 ) -> dict[str, Any]:
     """The record of a run that diverged: it would do so again."""
-    for checkpoints in file.parent.glob("*/checkpoints"):
-        shutil.rmtree(checkpoints, ignore_errors=True)
     return {
         **_described(study, run, file),
         "log": str(file.parent),
         "figures": {},
-        "validation": math.nan,
         "curves": {},
         "diverged": str(error),
         "seconds": seconds,
         "peak_memory": peak_memory(),
     }
+
+
+def remove_checkpoints(record: Mapping[str, Any]) -> None:
+    """Removes those of a run that is recorded: its configuration makes them again."""
+    for checkpoints in Path(record["folder"]).glob("*/checkpoints"):
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _described(study: Study, run: Run, file: Path) -> dict[str, Any]:
@@ -155,7 +156,15 @@ def _share(study: Study, arguments: dict[str, Any]) -> None:
 
 
 def read_curves(path: Path, prefixes: tuple[str, ...]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of the figures of ``metrics.csv`` whose names begin in a given way."""
+    """Steps and values of the figures of ``metrics.csv`` whose names begin in a given way.
+
+    Raises:
+        ValueError: If the run logged none.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"trainer.logger: the run wrote no {path}, which a study reads: leave the logger out"
+        )
     curves: dict[str, tuple[list[int], list[float]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -193,5 +202,8 @@ def commit() -> str | None:
     """The commit of the checkout that the package lies in, ``-dirty`` with changes; or None."""
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    except OSError:  # there is no git here
+        return None
     return found.stdout.strip() or None

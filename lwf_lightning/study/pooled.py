@@ -37,7 +37,7 @@ class Pooled:
         low: Lower end of the gain's 95 % interval with the groups as the sample (Student's t): what
             other cells may give. NaN with one group.
         high: Upper end.
-        above: In how many pairs the method is better.
+        above: In how many pairs the method is better; one with a run that diverged does not count.
     """
 
     method: str

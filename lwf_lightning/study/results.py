@@ -22,13 +22,14 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     with locked(path.with_suffix(".lock")), path.open("ab+") as file:
         whole = _whole_length(file)
         file.truncate(whole)
-        file.write(line)
+        file.seek(max(0, whole - 1))
+        file.write((b"" if file.read() in (b"", b"\n") else b"\n") + line)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; the newest record of each run, in the order of their first lines.
+    """All whole lines but blank ones; the newest record of each run, in the order of the first.
 
     Raises:
         ValueError: If a line in the middle is damaged; names file and line.
@@ -41,6 +42,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         file.seek(0)
         lines = file.read(whole).splitlines()
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             records[record["run"]] = record
@@ -53,13 +56,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_length(file: Any) -> int:
-    """Bytes up to and with the last line end."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
+    """Bytes up to and with the last line end, or all if what follows it is a record.
+
+    An editor may leave the end of the last line out; a record that was cut short is no JSON.
+    """
+    size = end = file.seek(0, os.SEEK_END)
+    whole = 0
+    while end > 0 and not whole:
         start = max(0, end - 65536)
         file.seek(start)
         found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return int(start + found + 1)
+        whole = start + found + 1 if found >= 0 else 0
         end = start
-    return 0
+    file.seek(whole)
+    try:
+        return size if isinstance(json.loads(file.read()), dict) else whole
+    except ValueError:
+        return whole

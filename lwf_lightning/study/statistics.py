@@ -17,7 +17,9 @@ class Gain:
         seeds: How many seeds both have.
         mean: Mean of the method's own figure.
         gain: Mean difference to the baseline, seed by seed.
-        low: Lower end of the 95 % confidence interval of the gain (Student's t); NaN with one seed.
+        low: Lower end of the 95 % confidence interval of the gain (Student's t); NaN with one seed,
+            or if the gain is the same with every seed and not 0: accuracies lie on a grid, and two
+            that meet there by chance are no certainty.
         high: Upper end.
         p_value: Of the paired t-test, two-sided; NaN with one seed, or if the gain is the same with
             every seed but for rounding.
@@ -90,12 +92,13 @@ def gain_over(
 def t_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Ends of the 95 % interval of a mean (Student's t) and p of the test that it is 0.
 
-    Without spread the ends are the mean and p is NaN; with less than two values all are NaN.
+    Of equal values nothing is known but that they are 0, where they are: ends are 0 then, else NaN,
+    and p is NaN. With less than two values all are NaN.
     """
     if len(values) < 2:
         return float("nan"), float("nan"), float("nan")
     if _has_no_spread(values):
-        return float(values.mean()), float(values.mean()), float("nan")
+        return _ends_without_spread(float(values.mean()))
     result = stats.ttest_1samp(values, 0.0)
     interval = result.confidence_interval(0.95)
     return float(interval.low), float(interval.high), float(result.pvalue)
@@ -111,14 +114,14 @@ def stratified_interval(groups: Sequence[np.ndarray]) -> tuple[float, float, flo
         groups: The values of each group; they may differ in number.
 
     Returns:
-        Low end, high end and p. Without spread the ends are the mean and p is NaN; all are NaN with
-        a group of less than two values, as nothing is known of its spread.
+        Low end, high end and p. Without spread in any they are those of :func:`t_interval`; all are
+        NaN with a group of less than two values, as nothing is known of its spread.
     """
     if not groups or any(len(group) < 2 for group in groups):
         return float("nan"), float("nan"), float("nan")
     mean = float(np.mean([group.mean() for group in groups]))
     if all(_has_no_spread(group) for group in groups):
-        return mean, mean, float("nan")
+        return _ends_without_spread(mean)
     squared = np.array([np.var(group, ddof=1) / len(group) for group in groups])
     error = float(np.sqrt(squared.sum())) / len(groups)
     freedom = squared.sum() ** 2 / sum(
@@ -144,6 +147,12 @@ def _share(won: np.ndarray, gap: np.ndarray) -> tuple[float, float, float]:
     (c, b), (_, a) = np.outer(means, means) - allowed * np.cov(won, gap)
     half = float(np.sqrt(max(b**2 - a * c, 0.0)))  # rounding may take a 0 below
     return share, float((b - half) / a), float((b + half) / a)
+
+
+def _ends_without_spread(mean: float) -> tuple[float, float, float]:
+    """What is always 0 is so for sure; any other value may be the same by chance."""
+    end = mean if abs(mean) < 1e-12 else float("nan")
+    return end, end, float("nan")
 
 
 def _has_no_spread(values: np.ndarray) -> bool:

@@ -138,7 +138,7 @@ def pooled_table(study: Study, pooled: Sequence[Pooled]) -> Table:
                 *(measure.told(v, "+") for v in (line.gain.gain, line.gain.low, line.gain.high))
             ),
             _ends(measure.told(line.low, "+"), measure.told(line.high, "+")),
-            f"{line.above} of {line.gain.seeds}",
+            "" if math.isnan(line.gain.gain) else f"{line.above} of {line.gain.seeds}",
         )
         for line in pooled
     ]
@@ -158,10 +158,13 @@ def kept_table(study: Study, kept: Sequence[Kept]) -> Table:
     """The run that validation keeps, a column per number of runs."""
     measure = measure_of(study.figure)
     budgets = sorted({line.runs for line in kept})
+    cells = {line.method: line.cells for line in kept}
     rows = []
-    for method in dict.fromkeys(line.method for line in kept):
+    for method, own in cells.items():
         told = {line.runs: _kept(measure, line) for line in kept if line.method == method}
-        rows.append((study.label(method), *(told.get(runs, "") for runs in budgets)))
+        most = cells.get(study.baseline, own)
+        where = f", in {own} of {most} cells" if own < most else ""
+        rows.append((study.label(method) + where, *(told.get(runs, "") for runs in budgets)))
     runs = ("1 run", *(f"best of {runs}" for runs in budgets[1:]))
     title = f"the run that validation keeps of as many, against {study.label(study.baseline)}"
     return Table(title, ("method", *runs), rows)

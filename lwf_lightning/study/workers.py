@@ -20,7 +20,7 @@ from lwf_lightning.cli_errors import one_line
 from lwf_lightning.files import locked
 from lwf_lightning.study.config import Study
 from lwf_lightning.study.matrix import Run
-from lwf_lightning.study.perform import perform
+from lwf_lightning.study.perform import perform, remove_checkpoints
 from lwf_lightning.study.results import append_record, read_records
 
 # What a run imports sooner or later; each process would otherwise do so by itself.
@@ -63,6 +63,7 @@ def perform_once(study: Study, run: Run) -> str:
             try:
                 record = perform(study, run)
                 append_record(results_file(study), record)
+                remove_checkpoints(record)  # not before: what fails meanwhile must lose nothing
             except (Exception, SystemExit) as error:  # one failed run must not end the study
                 traceback.print_exc()
                 return f"failed: {_cause(error)} (see {output})"

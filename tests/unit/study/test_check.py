@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
@@ -13,7 +13,7 @@ from lwf_lightning import FisherCallback
 from lwf_lightning.callbacks import ValidateFirst
 from lwf_lightning.study import command
 from lwf_lightning.study.architectures import known_config
-from lwf_lightning.study.check import check, parsed, summary, table
+from lwf_lightning.study.check import _time, check, parsed, summary, table
 from lwf_lightning.study.config import Method, Study
 from lwf_lightning.study.expected import Work, expected, model_of
 from lwf_lightning.study.length import steps_of, validations_of
@@ -167,10 +167,30 @@ def test_runs_are_reckoned_without_their_device(study: Study, data_folder) -> No
     _, _, plain, lwf = table(study, checked, 1e9)
     assert plain.startswith("| vanilla | learn | 4 | 6 | ")
     assert lwf.startswith("| lwf | learn | 4 | 6 | ")
+    other = replace(checked[0].expected, steps=12)
+    assert table(study, [*checked, replace(checked[0], expected=other)], 1e9)[2].startswith(
+        "| vanilla | learn | 5 | 6 to 12 | "
+    )
     total, assumed = summary(checked, 1e9)
     assert total.startswith("8 runs, every configuration accepted: ")
     assert "from 1 pool(s) of prompts" in total
     assert "1e+09 FLOP/s" in assumed
+
+
+def test_each_pool_is_elicited_by_its_own_model(study: Study, data_folder) -> None:
+    """Not at the size of the largest."""
+    (one, *_) = (
+        c
+        for c in check(study, comparison_runs(study, []), str(data_folder))
+        if c.run.method == "lwf"
+    )
+    work = replace(one.expected.elicitation, decoded=10**6)
+    small = replace(one, expected=replace(one.expected, elicitation=work))
+    large = replace(one.expected, parameters=1000 * one.expected.parameters, pool="other")
+    alone = work.hours(small.expected.parameters, 1e9)
+    both = alone + large.elicitation.hours(large.parameters, 1e9)
+    told = summary([small, replace(one, expected=large)], 1e9)[0]
+    assert f"and {_time(both)} to elicit" in told
 
 
 def test_a_run_that_is_validated_before_training_alone_is_refused(

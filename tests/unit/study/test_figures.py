@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -87,15 +88,53 @@ def test_long_labels_neither_leave_the_figure_nor_crush_it(study: Study, drawing
     assert_inside(drawing(*drawn_with_long_labels(study)))
 
 
-def test_a_gain_of_one_seed_is_hollow_and_a_constant_one_is_not(study: Study) -> None:
-    for seeds, hollow in ((1, True), (2, False)):
-        figure = gains(*drawn_with_long_labels(study, seeds))
+def test_a_gain_without_an_interval_is_hollow(study: Study) -> None:
+    for seeds, noise in ((1, 0.0), (2, 0.0), (2, 0.01)):
+        known, lines = drawn_with_long_labels(study, seeds)
+        for line in lines:
+            if noise:
+                ends = {"low": line.gain.gain - noise, "high": line.gain.gain + noise}
+                object.__setattr__(line, "gain", replace(line.gain, **ends))
+        figure = gains(known, lines)
         assert figure is not None
         dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-        assert [dot.get_markerfacecolor() == "white" for dot in dots] == [hollow] * 5
-        assert (
-            "hollow: no interval with one seed" in figure.axes[0].get_xlabel().replace("\n", " ")
-        ) == hollow
+        assert [dot.get_markerfacecolor() == "white" for dot in dots] == [not noise] * 5
+        assert ("hollow: no interval" in figure.axes[0].get_xlabel().replace("\n", " ")) == (
+            not noise
+        )
+
+
+def test_labels_are_drawn_as_they_stand(study: Study) -> None:
+    """Dollars are no formula, which need not even be one, and an underscore hides nothing."""
+    methods = {name: Method() for name in study.methods}
+    methods["lwf"] = Method(label="_p($a_$) and\n more\n")
+    study = replace(study, methods=methods, map={"size": {"a": 1.0}})
+    records = [
+        record(study, method, seed, figures={"test/accuracy": 0.1 * seed}, setting={},
+               seconds=1.0, peak_memory=1)
+        for method in study.methods
+        for seed in (0, 1)
+    ]  # fmt: skip
+    lines = summarize(study, records)
+    for figure in (gains(study, lines), costs(study, lines), gain_map(study, lines),
+                   learning_curves(study, records)):  # fmt: skip
+        assert_inside(figure)
+    figure = gain_map(study, lines)
+    assert figure is not None
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown[0].lstrip("\u200b") == r"_p(\$a_\$) and more"
+    assert study.label("lwf") == "_p($a_$) and more"
+
+
+def test_no_text_is_left_out_of_a_histogram(study: Study) -> None:
+    source = np.random.default_rng(0)
+    for draw in range(30):
+        scores = {f"p{n}": float(v) for n, v in enumerate(source.lognormal(sigma=2, size=40))}
+        row = record(study, "lwf", draw)
+        write_scores(row["log"], scores, {"p0"})
+        figure = confidences(study, [row])
+        assert figure is not None
+        assert sum(bar.get_height() for bar in figure.axes[0].patches) == 40
 
 
 def write_scores(folder: str, confidence: dict[str, float], chosen: set[str]) -> None:

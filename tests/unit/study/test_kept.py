@@ -223,3 +223,36 @@ def test_the_picture_has_the_baseline_and_the_eight_best(given: dict[str, Any]) 
     assert shown.keys() == {"pull", *best}
     name = best[0]
     assert float(np.asarray(shown[name].get_ydata())[-1]) == pytest.approx(100 * last[name].figure)
+
+
+def test_what_lacks_cells_says_so_and_is_not_drawn(given: dict[str, Any]) -> None:
+    """Its mean is over other cells than the baseline's, and may be higher for that alone."""
+    study = Study(**given)
+    records = records_of(study)
+    lost = next(r for r in records if r["method"] == "ahead" and r["cells"] == ["b"])
+    lines = kept(study, [record for record in records if record is not lost])
+    assert line_of(lines, "ahead", 1).cells == line_of(lines, "LWF", 1).cells == 3
+    rows = [row[0] for row in kept_table(study, lines).rows]
+    assert rows == ["pull", "ahead, in 3 of 4 cells", "beside", "twin", "LWF, in 3 of 4 cells"]
+    figure = kept_curves(study, lines)
+    assert figure is not None
+    assert {line.get_label() for line in figure.axes[0].get_lines()} == {"pull", "beside", "twin"}
+
+
+def test_the_best_are_drawn_whatever_has_no_figure(given: dict[str, Any]) -> None:
+    space = {"model.rate": [1.0, 2.0, 3.0]}
+    more = {f"way_{n}": Method({"model.way": f"way_{n}"}, space) for n in range(9)}
+    study = Study(**(given | {"methods": more | given["methods"]}))
+    records = records_of(study)
+    for row in records:
+        if row["method"] == "way_0":
+            row |= {"diverged": "NaN", "figures": {}, "curves": {}}
+    figure = kept_curves(study, kept(study, records))
+    assert figure is not None
+    shown = {str(line.get_label()): np.asarray(line.get_ydata())[-1]
+             for line in figure.axes[0].get_lines()}  # fmt: skip
+    assert "way_0" not in shown
+    last = {line.method: line.figure for line in kept(study, records)}
+    assert shown.keys() - {"pull"} == set(
+        sorted(last.keys() - {"pull", "way_0"}, key=lambda m: -last[m])[:8]
+    )

@@ -238,6 +238,11 @@ def test_a_recorded_divergence_is_the_worst_and_keeps_no_method_waiting(base: st
     [
         ({"baseline": "nothing"}, "baseline: 'nothing' is no key of methods: vanilla, lwf"),
         ({"ceiling": "twin"}, "ceiling: 'twin' is no key"),
+        ({"figure": "accuracy"}, "figure: .* begins with test/, .* got 'accuracy'"),
+        (
+            {"tuning": Tuning(figure="test/accuracy")},
+            r"tuning\.figure: .* begins with one of val/, .*, got 'test/accuracy'",
+        ),
         ({"seeds": []}, "cells and seeds must not be empty"),
         ({"seeds": [1, 1]}, "seeds names one twice"),
         ({"tuning": Tuning(seeds=[1, 5])}, r"tuning\.seeds and seeds share \[1\]"),
@@ -282,3 +287,17 @@ def test_a_broken_base_is_named(tmp_path: Path) -> None:
 def test_a_missing_base_names_its_flag(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"base: .*none\.yaml does not exist"):
         make(str(tmp_path / "none.yaml")).base_config()
+
+
+def test_a_base_that_logs_nothing_is_refused(base: str) -> None:
+    Path(base).write_text(yaml.safe_dump(BASE | {"trainer": {"logger": False}}))
+    with pytest.raises(ValueError, match=r"base: trainer\.logger is false in "):
+        comparison_runs(make(base), [])
+
+
+def test_a_folder_under_home_is_that_of_the_runs(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    study = make(base, output="~/studies")
+    assert study.folder == tmp_path / "studies" / study.name

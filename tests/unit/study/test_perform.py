@@ -12,7 +12,13 @@ import yaml
 
 from lwf_lightning.study.config import Method, Study
 from lwf_lightning.study.matrix import Run
-from lwf_lightning.study.perform import forget_peak_memory, peak_memory, write_config
+from lwf_lightning.study.perform import (
+    commit,
+    forget_peak_memory,
+    peak_memory,
+    read_curves,
+    write_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +52,13 @@ def test_on_a_gpu_its_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(1))
     forget_peak_memory()
     assert (peak_memory(), reset) == (7, [1])
+
+
+def test_a_machine_without_git_knows_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit() is None
+
+
+def test_a_run_that_logged_nothing_is_told_what_to_leave_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.logger: the run wrote no .*metrics\.csv"):
+        read_curves(tmp_path / "metrics.csv", ("val/",))

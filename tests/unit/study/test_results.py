@@ -68,3 +68,18 @@ def test_a_claimed_run_is_left_alone(tmp_path: Path) -> None:
         assert not second
     with locked(tmp_path / "claim.lock", wait=False) as third:
         assert third
+
+
+def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"run": "a"}\n\n{"run": "b", "text": "' + "x" * 70_000 + '"}')  # an editor's
+    assert [record["run"] for record in read_records(path)] == ["a", "b"]
+    append_record(path, {"run": "c"})
+    assert [record["run"] for record in read_records(path)] == ["a", "b", "c"]
+
+
+def test_a_first_line_cut_short_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"run": "a"')
+    append_record(path, {"run": "b"})
+    assert path.read_text() == '{"run": "b"}\n'

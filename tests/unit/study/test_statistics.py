@@ -70,14 +70,18 @@ def test_one_seed_and_no_spread_have_no_interval() -> None:
     assert one.recovered == pytest.approx(0.5)
     same = gain_over({0: 0.75, 1: 0.75}, {0: 0.5, 1: 0.5})
     assert same is not None
-    assert (same.low, same.high) == (0.25, 0.25)
+    assert math.isnan(same.low)  # two that meet by chance are no certainty
+    assert math.isnan(same.high)
+    none = gain_over({0: 0.5, 1: 0.7}, {0: 0.5, 1: 0.7})
+    assert none is not None
+    assert (none.low, none.high) == (0.0, 0.0)
     assert gain_over({0: 1.0}, {1: 1.0}) is None
 
 
 def test_equal_gains_up_to_rounding_have_no_spread() -> None:
     gain = gain_over({0: 0.6, 1: 0.8}, {0: 0.5, 1: 0.7}, {0: 0.7, 1: 0.9})
     assert gain is not None
-    assert (gain.low, gain.high) == pytest.approx((0.1, 0.1))
+    assert math.isnan(gain.low)
     assert math.isnan(gain.p_value)
     assert math.isnan(gain.recovered_low)
 
@@ -125,8 +129,8 @@ def test_the_mean_of_groups_has_welchs_interval() -> None:
 
 def test_groups_without_spread_or_with_one_value() -> None:
     low, high, p_value = stratified_interval([np.full(2, 0.1), np.full(3, 0.3)])
-    assert (low, high) == pytest.approx((0.2, 0.2))
-    assert math.isnan(p_value)
+    assert all(math.isnan(value) for value in (low, high, p_value))
+    assert stratified_interval([np.zeros(2), np.zeros(3)])[:2] == (0.0, 0.0)
     for groups in ([np.array([0.1, 0.2]), np.array([0.1])], []):
         assert all(math.isnan(value) for value in stratified_interval(groups))
 

@@ -128,10 +128,17 @@ def test_a_record_that_cannot_be_written_fails_its_run(
     def full(path: Path, record: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(workers, "perform", lambda study, run: {"run": run.identity})
-    monkeypatch.setattr(workers, "append_record", full)
-    outcome = perform_once(study, named("a"))
+    log = study.folder / "runs" / "a" / "version_0"
+    (log / "checkpoints").mkdir(parents=True)
+    record = {"run": "a", "folder": str(log.parent)}
+    monkeypatch.setattr(workers, "perform", lambda study, run: record)
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "append_record", full)
+        outcome = perform_once(study, named("a"))
     assert outcome.startswith("failed: OSError: No space left on device (see ")
+    assert (log / "checkpoints").exists()  # so that it goes on from there
+    assert perform_once(study, named("a")) == "done"
+    assert not (log / "checkpoints").exists()
 
 
 def test_no_workers_are_refused(study: Study) -> None:
