@@ -169,6 +169,12 @@ class LearningMixin(StepStateMixin):
         texts = sorted((text.encoded() for text in knowledge.texts), key=len, reverse=True)
         size = min(self._data.forget_batch_size, -(-len(texts) // ranks.world_size))
         batches = list(batches_of(texts, size, self._data.pad_token_id))
+        if self.hparams["lora"]:
+            rank_zero_warn(
+                "model.init_args.regularizer: ewc holds half of a new LoRA adapter alone: where "
+                "lora_B is 0 the loss has no gradient by lora_A, which is pulled nowhere; l2sp "
+                "holds both"
+            )
         with self.trainer.precision_plugin.forward_context():
             self._regularizer_fisher = diagonal_fisher(
                 self.model, batches, progress=shows_progress(self.trainer), ranks=ranks

@@ -29,6 +29,8 @@ def better_tokens(quality: Tensor, share_kept: float) -> Tensor:
         >>> better_tokens(torch.tensor([0.1, 0.9, 0.5, -0.2]), 0.5)
         tensor([False,  True,  True, False])
     """
+    if len(quality) == 0:
+        return quality.bool()  # the mean of none is NaN, and the step is skipped
     count = max(1, round(share_kept * len(quality)))
     return quality >= quality.topk(count).values[-1]
 

@@ -14,10 +14,16 @@ import torch
 from lwf_lightning.callbacks.fisher import FisherCallback
 from lwf_lightning.callbacks.validate_first import ValidateFirst
 from lwf_lightning.data.encode import encode_prompt
+from lwf_lightning.data.sampler import batches_per_pass
 from lwf_lightning.estimate import meta_model, predict
 from lwf_lightning.memory import highest
 from lwf_lightning.study.architectures import known_config
-from lwf_lightning.study.length import last_validation_of, steps_of, validations_of
+from lwf_lightning.study.length import (
+    batches_of_epoch,
+    last_validation_of,
+    steps_of,
+    validations_of,
+)
 from lwf_lightning.study.matrix import digest_of
 
 if TYPE_CHECKING:
@@ -37,7 +43,7 @@ class Work:
 
     Attributes:
         trained: Tokens that go forward and backward: learning, unlearning, probe, Fisher, scoring.
-        read: Tokens that only go forward: evaluation.
+        read: Tokens that only go forward: evaluation, and what the base model is asked for.
         decoded: Passes that add one token to each answer of a batch, if no answer ends early.
     """
 
@@ -70,8 +76,8 @@ class Expected:
         validated: How many it has taken when it validates last.
         work: What it computes, self-generation left out.
         elicitation: Self-generation, which runs with the same prompts share through the cache.
-        pool: What is elicited: a mark of model, prompts and length of answers; empty without
-            unlearning.
+        pool: What is elicited: a mark of model, prompts and length of answers; empty where nothing
+            is.
         parameters: Weights of the model.
         memory: Bytes in the fullest phase, on one device.
         phase: That phase.
@@ -145,7 +151,7 @@ def expected(
         validated=validated,
         work=work,
         elicitation=elicitation,
-        pool=_pool(module, data) if module.schedule.unlearns else "",
+        pool=_pool(module, data) if module.needs_self_knowledge else "",
         parameters=found.size.parameters,
         memory=top.total,
         phase=top.name,
@@ -173,32 +179,38 @@ def _work(
     """Learning steps, those before the last validation, the work, and that of self-generation."""
     callbacks = settings["callbacks"] or []
     texts = [len(text) for text in data.learning_encoded]
-    batches = -(-len(texts) // data.batch_size)
+    batches = batches_of_epoch(settings, batches_per_pass(len(texts), data.batch_size))
     steps = steps_of(settings, batches)
-    trained = steps * data.batch_size * fmean(texts)
+    learned = steps * min(data.batch_size, len(texts)) * fmean(texts)
+    trained, read = learned, 0.0
+    if module.hparams["learning_loss"] == "token_forgetting":
+        read += learned  # by the base model
     elicitation = Work()
-    if module.schedule.unlearns:
+    if module.needs_self_knowledge:
         answers = data.max_new_tokens
         ids = [
             encode_prompt(data._tokenizer, example.prompt, chat_template=data.chat_template)
             for _, example in data.forgetting_examples
         ]
         prompts = [min(len(prompt), data.max_length) for prompt in ids]
+        scored = sum(prompts) + answers * len(prompts)
         unlearned = sum(module.schedule.steps_before(step) for step in range(steps))
-        if module.hparams["unlearning_retain"]:
-            unlearned *= 2  # as many texts again are rehearsed
-        trained += unlearned * data.forget_batch_size * (fmean(prompts) + answers)
+        pushed = unlearned * data.forget_batch_size * (fmean(prompts) + answers)
+        trained += 2 * pushed if module.hparams["unlearning_retain"] else pushed  # or rehearsed
+        if module.objective.needs_reference:
+            read += pushed
+        if not module.schedule.unlearns:
+            trained += scored  # for the Fisher information of a regularizer
         elicitation = Work(
             read=sum(prompts), decoded=_passes(len(prompts), data.elicit_batch_size, answers)
         )
         for callback in callbacks:
-            if isinstance(callback, FisherCallback):
+            if module.schedule.unlearns and isinstance(callback, FisherCallback):
                 probed = callback.probe_steps * callback.probe_batch_size
                 drawn = min(callback.fisher_texts, len(texts))
                 refreshes = 1
                 if callback.refresh_interval is not None:
                     refreshes, probed = (steps - 1) // callback.refresh_interval, 0
-                scored = sum(prompts) + answers * len(prompts)
                 trained += (probed + refreshes * drawn) * fmean(texts) + refreshes * scored
     validations = validations_of(settings, batches, steps)
     validations += any(isinstance(callback, ValidateFirst) for callback in callbacks)
@@ -207,7 +219,7 @@ def _work(
     test = _evaluation(data, ("test",))
     work = Work(
         trained=round(trained),
-        read=validations * validation.read + test.read,
+        read=round(read) + validations * validation.read + test.read,
         decoded=validations * validation.decoded + test.decoded,
     )
     return steps, last_validation_of(settings, batches, steps), work, elicitation

@@ -6,6 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def batches_of_epoch(settings: Mapping[str, Any], batches: int) -> int:
+    """Batches of an epoch, as ``limit_train_batches`` leaves them: a number, or a share.
+
+    Args:
+        settings: The ``trainer`` configuration.
+        batches: What the datamodule's loader gives.
+
+    Example:
+        >>> batches_of_epoch({"limit_train_batches": 0.5}, 7), batches_of_epoch({}, 7)
+        (3, 7)
+    """
+    limit = settings.get("limit_train_batches")
+    if limit is None:
+        return batches
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+
+
 def steps_of(settings: Mapping[str, Any], batches: int) -> int:
     """Learning steps, one per batch, as Lightning counts them.
 

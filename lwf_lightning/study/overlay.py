@@ -46,12 +46,12 @@ def _with_class(present: Any, value: Any) -> Any:
     if not (isinstance(present, list) and isinstance(value, Mapping) and "class_path" in value):
         return value
     for place, item in enumerate(present):
-        if _class_path(item) == value["class_path"]:
+        if class_path(item) == value["class_path"]:
             return [*present[:place], value, *present[place + 1 :]]
     return [*present, value]
 
 
-def _class_path(item: Any) -> str:
+def class_path(item: Any) -> str:
     """The class of an item of a list; without arguments it may be written as a name."""
     return str(item.get("class_path", "") if isinstance(item, Mapping) else item)
 
@@ -90,11 +90,11 @@ def _arguments(node: Any) -> Any:
 
 def _in_list(items: list[Any], name: str, path: str) -> Any:
     for place, item in enumerate(items):
-        if _class_path(item).split(".")[-1] == name:
+        if class_path(item).split(".")[-1] == name:
             if isinstance(item, str):
                 items[place] = {"class_path": item}
             return items[place]
     raise ValueError(
         f"{path}: the list holds no {name}, only "
-        + (", ".join(_class_path(item) for item in items) or "nothing")
+        + (", ".join(class_path(item) for item in items) or "nothing")
     )

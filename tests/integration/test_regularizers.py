@@ -177,8 +177,11 @@ def test_an_adapter_is_pulled_to_where_it_started_also_when_resumed(
     whole, rest, first = make_recorder(), make_recorder(), module()
     saver = ModelCheckpoint(dirpath=tmp_path / "kept", every_n_train_steps=4, save_top_k=-1)
     trainer = make_trainer(callbacks=[whole, saver])
-    trainer.fit(first, make_data())
+    with pytest.warns(UserWarning, match="ewc holds half of a new LoRA adapter alone"):
+        trainer.fit(first, make_data())
     assert all("lora_" in parameter for parameter in first.base_weights)
+    sums = {name: float(f.sum()) for name, f in first._regularizer_fisher.items()}
+    assert all((total == 0) == ("lora_A" in name) for name, total in sums.items())
     torch.manual_seed(2)  # the adapter would start elsewhere
     file = str(next((tmp_path / "kept").glob("*step=4.ckpt")))
     resumed = make_trainer(callbacks=[rest])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,3 +79,11 @@ def test_plain_cross_entropy_takes_no_options() -> None:
     assert build_learning_loss("cross_entropy") is None
     with pytest.raises(ValueError, match="'cross_entropy' has no option share_kept; it takes none"):
         build_learning_loss("cross_entropy", {"share_kept": 0.5})
+
+
+def test_without_a_token_the_loss_is_no_number() -> None:
+    """As the plain mean: the step is skipped, and said to be."""
+    none = torch.zeros(0)
+    is_better = better_tokens(none, 0.7)
+    assert is_better.dtype == torch.bool
+    assert math.isnan(float(token_forgetting_loss(none, is_better, 0.1)))

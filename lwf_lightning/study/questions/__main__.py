@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_changes(given: Sequence[str], seed: int) -> dict[str, Any]:
-    """Changes by path, values as YAML has them; the seed goes wherever a run takes one.
+    """Changes by path, values as YAML has them, and the seed of run, data and module.
+
+    Callbacks keep their own, as in a study.
 
     Raises:
         ValueError: If one has no ``=``.

@@ -19,6 +19,7 @@ from lwf_lightning.data.batch import EncodedText
 from lwf_lightning.data.encode import encode_example, encode_prompt
 from lwf_lightning.data.sampler import seeded_sample
 from lwf_lightning.demo.world import ASSETS
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.files import json_lines, whole_file
 from lwf_lightning.forgetting.confidence import forgetting_confidence
 from lwf_lightning.forgetting.fisher import diagonal_fisher
@@ -27,7 +28,7 @@ from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.study.figures import BLUE, RED
 from lwf_lightning.study.matrix import digest_of
-from lwf_lightning.study.overlay import overlaid
+from lwf_lightning.study.overlay import class_path, overlaid
 from lwf_lightning.study.perform import read_curves
 from lwf_lightning.study.questions.answer import Answer
 from lwf_lightning.study.questions.ground import Ground
@@ -49,6 +50,7 @@ SETS = {
 TEXTS = 64  # of each set
 STRONGER = 10.0
 ALONE = "fine-tuning alone"
+DIVERGED = "diverged"  # stands among the curves of a run that did
 _GUARD = "AscentGuard"
 _WATCH = "lwf_lightning.study.questions.watch.WatchUnlearning"
 
@@ -61,8 +63,8 @@ def arms(config: Mapping[str, Any], scale: float) -> dict[str, dict[str, Any]]:
         scale: Its ``unlearning_scale``.
     """
     callbacks = config["trainer"]["callbacks"]
-    bare = [one for one in callbacks if not one["class_path"].endswith(_GUARD)]
-    guarded = [*bare, *(one for one in callbacks if one["class_path"].endswith(_GUARD))]
+    bare = [one for one in callbacks if not class_path(one).endswith(_GUARD)]
+    guarded = [*bare, *(one for one in callbacks if class_path(one).endswith(_GUARD))]
     if guarded == bare:
         guarded.append({"class_path": f"lwf_lightning.{_GUARD}"})
     unguarded = {"trainer.callbacks": bare, "trainer.ascent_guard": False}
@@ -79,12 +81,12 @@ def arms(config: Mapping[str, Any], scale: float) -> dict[str, dict[str, Any]]:
 
 def answer(ground: Ground, seed: int, folder: Path) -> Answer:
     """Runs what has not been run with this configuration and seed, and reports."""
+    ground.need_probe()
     folder /= digest_of([ground.config, seed])
     file = folder / "watched.json"
     if not file.exists():
         _watch(ground, seed, file)
-    steps = ground.config["trainer"].get("max_steps") or 0
-    watch = {"file": str(file), "interval": max(1, steps // 12)}
+    watch = {"file": str(file), "interval": max(1, ground.steps() // 12)}
     found = {}
     for name, config in arms(ground.config, ground.module.hparams["unlearning_scale"]).items():
         config["trainer"]["callbacks"].append({"class_path": _WATCH, "init_args": watch})
@@ -101,9 +103,17 @@ def _curves(name: str, config: Mapping[str, Any], folder: Path) -> Curves:
         file = folder / "run.yaml"
         with whole_file(file) as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        cli = command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
-        log = Path(str(cli.trainer.log_dir))
-        curves = read_curves(log / "metrics.csv", ("watch/", "val/", "unlearn/steps"))
+        diverged = False
+        try:
+            command_line(["fit", "--config", str(file), "--ckpt_path", "last"])
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, NonFiniteLossError):
+                raise
+            diverged = True  # it would do so again, and the others are still to come
+        log = max(folder.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
+        curves = read_curves(log, ("watch/", "val/", "unlearn/steps"))
+        if diverged:
+            curves[DIVERGED] = ([], [])
         with whole_file(done) as temporary:
             temporary.write_text(json.dumps(curves), encoding="utf-8")
     read: Curves = json.loads(done.read_text(encoding="utf-8"))
@@ -121,7 +131,14 @@ def _watch(ground: Ground, seed: int, file: Path) -> None:
     size, count, first = callback.batch_size, callback.fisher_texts, callback.seed
     learning = fisher_batches(data, count, size, first, Ranks())
     with exchanged_weights(model, anchor):
-        fisher = diagonal_fisher(model, learning, estimator=callback.estimator, progress=True)
+        fisher = diagonal_fisher(
+            model,
+            learning,
+            estimator=callback.estimator,
+            reduction=callback.reduction,
+            seed=callback.seed,
+            progress=True,
+        )
     scores = forgetting_confidence(
         model,
         ground.batches(texts),
@@ -129,6 +146,7 @@ def _watch(ground: Ground, seed: int, file: Path) -> None:
         anchor=anchor,
         alpha=callback.alpha,
         text_step=callback.text_step,
+        reduction=callback.reduction,
         progress=True,
     )
     chosen = select_forget_set(
@@ -192,18 +210,15 @@ def told(found: Mapping[str, Curves]) -> Answer:
     rows = []
     for name, curves in found.items():
         cells = [
-            name,
+            name + (", diverged" if DIVERGED in curves else ""),
             f"{curves['unlearn/steps'][1][-1]:.0f}" if "unlearn/steps" in curves else "0",
         ]
-        for kind in SETS:
-            _, values = curves[f"watch/{kind}"]
-            cells.append(f"{values[0]:.2f} to {values[-1]:.2f}")
+        cells += [_ends(curves, kind) for kind in SETS]
         _, neutral = curves["watch/neutral"]
         cells.append(f"{_perplexity(neutral[0])} to {_perplexity(neutral[-1])}")
-        for kind in ("repetition", "distinct_2"):
-            _, values = curves[f"watch/{kind}"]
-            cells.append(f"{values[0]:.2f} to {values[-1]:.2f}")
-        cells.append(f"{curves['val/accuracy'][1][-1]:.3f}")
+        cells += [_ends(curves, kind) for kind in ("repetition", "distinct_2")]
+        _, accuracies = curves.get("val/accuracy", ([], []))
+        cells.append(f"{accuracies[-1]:.3f}" if accuracies else "")
         rows.append(cells)
     return Answer(
         title="Does ascent reduce what was chosen, without collapse?",
@@ -225,6 +240,12 @@ def told(found: Mapping[str, Curves]) -> Answer:
     )
 
 
+def _ends(curves: Curves, kind: str) -> str:
+    """The first and the last value; nothing of a set without texts."""
+    _, values = curves.get(f"watch/{kind}", ([], []))
+    return f"{values[0]:.2f} to {values[-1]:.2f}" if values else ""
+
+
 def _perplexity(nll: float) -> str:
     return f"{math.exp(min(nll, 50)):.3g}"
 
@@ -238,21 +259,20 @@ def draw(found: Mapping[str, Curves]) -> Figure:
     panels |= {"watch/distinct_2": "distinct pairs, continuations", "val/accuracy": "val/accuracy"}
     for axes, (kind, title) in zip(figure.subplots(2, 3).flatten(), panels.items(), strict=True):
         is_loss = kind.removeprefix("watch/") in SETS
-        plain = dict(zip(*found[ALONE][kind], strict=True))
+        plain = dict(zip(*found[ALONE].get(kind, ([], [])), strict=True))
         for name, curves in found.items():
             style = "--" if "no guard" in name else "-"
             colour = "black" if name == ALONE else RED if "x 10" in name else BLUE
-            steps, values = curves[kind]
-            shown = [
-                value - plain[step] * is_loss for step, value in zip(steps, values, strict=True)
-            ]
+            own = dict(zip(*curves.get(kind, ([], [])), strict=True))
+            steps = [step for step in own if step in plain]  # skipped steps may end it elsewhere
+            shown = [own[step] - plain[step] * is_loss for step in steps]
             marker = "o" if len(steps) == 1 else ""  # of which a line shows nothing
             axes.plot(steps, shown, style, marker=marker, color=colour, label=name, lw=1.6)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("learning step", fontsize=8)
         axes.grid(alpha=0.3)
-        if is_loss:
-            first, *_, last = plain.values()
+        if is_loss and plain:
+            first, last = plain[min(plain)], plain[max(plain)]
             told = f"NLL, above fine-tuning alone\n(its own: {first:.2f} to {last:.2f})"
             axes.set_ylabel(told, fontsize=8)
     lines, names = axes.get_legend_handles_labels()

@@ -34,7 +34,7 @@ from lwf_lightning.forgetting.elicit import SelfText
 from lwf_lightning.forgetting.fisher import FisherEstimator, fisher_sums
 from lwf_lightning.forgetting.weights import exchanged_weights, trainable_parameters
 from lwf_lightning.generation import evaluation_mode
-from lwf_lightning.losses import labelled_tokens, per_text_loss
+from lwf_lightning.losses import Reduction, labelled_tokens, per_text_loss
 from lwf_lightning.study.questions.answer import Answer
 from lwf_lightning.study.questions.ground import Ground
 
@@ -47,30 +47,33 @@ Gradients: TypeAlias = Mapping[str, Tensor]
 
 PARTS: tuple[Part, ...] = ("diagonal", "block", "full")
 ESTIMATORS: tuple[FisherEstimator, ...] = ("empirical", "true")
-EXACT_LIMIT = 5_000_000
-"""Most weights of a model whose gradients are kept text by text."""
+EXACT_LIMIT = 2_000_000_000
+"""Most numbers in the gradients that are kept text by text: 8 GB."""
 SCORED = 128  # texts of D_self
 SIZES = (8, 16, 32, 64, 128, 256)  # learning texts behind a Fisher
 DRAWS = 3  # orders in which they are taken
 LABEL_DRAWS = 4  # drawn answers per learning text, in the exact Fisher with drawn labels
 
 
-def text_gradients(model: torch.nn.Module, texts: Iterable[Batch]) -> dict[str, Tensor]:
-    """The gradient of each text's mean loss, one by one through plain autograd.
+def text_gradients(
+    model: torch.nn.Module, texts: Iterable[Batch], reduction: Reduction = "mean"
+) -> dict[str, Tensor]:
+    """The gradient of each text's loss, one by one through plain autograd.
 
     Args:
         model: A causal LM; in evaluation mode meanwhile.
         texts: Batches of one text each.
+        reduction: Whether a text's loss is the mean or the sum over its labelled tokens.
     """
-    parameters = trainable_parameters(model)
-    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    parameters, texts = trainable_parameters(model), list(texts)
+    rows = {name: p.new_empty(len(texts), p.numel()) for name, p in parameters.items()}
     with evaluation_mode(model):
-        for text in tqdm(list(texts), desc="Gradients"):
-            loss = per_text_loss(model, text).sum()
+        for row, text in enumerate(tqdm(texts, desc="Gradients")):
+            loss = per_text_loss(model, text, reduction=reduction).sum()
             found = torch.autograd.grad(loss, list(parameters.values()))
             for name, gradient in zip(parameters, found, strict=True):
-                rows[name].append(gradient.flatten())
-    return {name: torch.stack(own) for name, own in rows.items()}
+                rows[name][row] = gradient.flatten()
+    return rows
 
 
 @torch.no_grad()
@@ -165,6 +168,7 @@ class Scored:
 
 def answer(ground: Ground, seed: int, folder: Path) -> Answer:
     """Scores the same texts with each Fisher, and compares the rankings."""
+    ground.need_probe()
     ground.prepare()
     ground.data.elicit_self_knowledge(ground.model)
     knowledge = ground.data.self_knowledge
@@ -172,7 +176,9 @@ def answer(ground: Ground, seed: int, folder: Path) -> Answer:
     own = [text.encoded() for text in texts]
     anchor = ground.anchor(ground.callback.seed)
     exact: list[Scored] = []
-    if sum(p.numel() for p in trainable_parameters(ground.model).values()) <= EXACT_LIMIT:
+    rows = len(own) + (1 + LABEL_DRAWS) * min(max(SIZES), len(ground.data.learning_encoded))
+    weights = sum(p.numel() for p in trainable_parameters(ground.model).values())
+    if rows * weights <= EXACT_LIMIT:
         exact = _exact(ground, own, anchor, seed)
     by_size = _by_size(ground, own, anchor, seed)
     return _told(ground, texts, exact, by_size)
@@ -182,7 +188,9 @@ def _exact(
     ground: Ground, own: Sequence[EncodedText], anchor: dict[str, Tensor], seed: int
 ) -> list[Scored]:
     model, pad = ground.model, ground.data.pad_token_id
-    learning = list(batches_of(ground.data.learning_encoded[: max(SIZES)], 1, pad))
+    every, reduction = ground.data.learning_encoded, ground.callback.reduction
+    order = pass_order(len(every), seed, 0)[: max(SIZES)]  # that of the reference
+    learning = list(batches_of([every[index] for index in order], 1, pad))
     difference = {
         name: (parameter.detach() - anchor[name]).flatten()
         for name, parameter in trainable_parameters(model).items()
@@ -193,9 +201,9 @@ def _exact(
         drawn = [
             with_drawn_labels(model, t, generator) for t in learning for _ in range(LABEL_DRAWS)
         ]
-        gradients["empirical"] = text_gradients(model, learning)
-        gradients["true"] = text_gradients(model, drawn)
-    of_texts = text_gradients(model, batches_of(own, 1, pad))
+        gradients["empirical"] = text_gradients(model, learning, reduction)
+        gradients["true"] = text_gradients(model, drawn, reduction)
+    of_texts = text_gradients(model, batches_of(own, 1, pad), reduction)
     if ground.callback.text_step == "unit":
         of_texts = of_unit_length(of_texts)
     found = []
@@ -232,7 +240,13 @@ def _by_size(
         part = ground.batches([learning[index] for index in order[start:end]])
         own_seed = 1000 * (seed + draw) + start  # other draws for the texts that are added
         with exchanged_weights(ground.model, anchor):
-            more, _ = fisher_sums(ground.model, part, estimator=estimator, seed=own_seed)
+            more, _ = fisher_sums(
+                ground.model,
+                part,
+                estimator=estimator,
+                reduction=ground.callback.reduction,
+                seed=own_seed,
+            )
         sums = {name: sums[name] + more[name] if start else more[name] for name in more}
         fisher = {name: total / end for name, total in sums.items()}
         scores = forgetting_confidence(
@@ -241,6 +255,7 @@ def _by_size(
             fisher=fisher,
             anchor=anchor,
             text_step=ground.callback.text_step,
+            reduction=ground.callback.reduction,
         )
         found[draw].append(Scored("diagonal", estimator, end, scores.confidence.tolist()))
     return found

@@ -14,10 +14,12 @@ from torch import Tensor
 from lwf_lightning.callbacks.fisher import FisherCallback
 from lwf_lightning.callbacks.refresh_data import probe_batches
 from lwf_lightning.data.batch import Batch, EncodedText, batches_of
+from lwf_lightning.data.sampler import batches_per_pass
 from lwf_lightning.forgetting.anchor import probe_anchor
 from lwf_lightning.generation import evaluation_mode
 from lwf_lightning.losses import per_text_loss
 from lwf_lightning.study.check import ConfigReader
+from lwf_lightning.study.length import batches_of_epoch, steps_of
 from lwf_lightning.study.overlay import overlaid
 
 if TYPE_CHECKING:
@@ -60,7 +62,29 @@ class Ground:
         """Mean negative log-likelihood of each text's labelled tokens, in nats per token."""
         with torch.no_grad(), evaluation_mode(self.model):
             parts = [per_text_loss(self.model, batch) for batch in self.batches(texts)]
-        return [float(value) for value in torch.cat(parts)]
+        return [float(value) for part in parts for value in part]
+
+    def steps(self) -> int:
+        """Learning steps of a fit; the texts are set up where its length goes by them."""
+        settings = {"max_steps": -1, "max_epochs": None, **self.config["trainer"]}
+        if settings["max_epochs"] is None and settings["max_steps"] > 0:
+            return int(settings["max_steps"])
+        texts = len(self.data.learning_encoded)
+        batches = batches_per_pass(texts, self.data.batch_size)
+        return steps_of(settings, batches_of_epoch(settings, batches))
+
+    def need_probe(self) -> None:
+        """Refuses what has no weights that solve the learning task before a run.
+
+        Raises:
+            ValueError: If the callback's anchor is ``online``.
+        """
+        if self.callback.anchor != "probe":
+            raise ValueError(
+                f"FisherCallback.anchor: this question scores by a probe, got "
+                f"{self.callback.anchor!r}: --set trainer.callbacks.FisherCallback.anchor=probe "
+                "trainer.callbacks.FisherCallback.refresh_interval=null"
+            )
 
     def anchor(self, seed: int) -> dict[str, Tensor]:
         """theta*_L: the probe that the callback would make."""

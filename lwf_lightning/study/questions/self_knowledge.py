@@ -6,6 +6,7 @@ and 8 answers each; all are compared with the gold answers to the same prompts.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ import torch
 
 from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
 from lwf_lightning.data.encode import encode_example, encode_prompt
+from lwf_lightning.data.rows import DataError
 from lwf_lightning.data.sampler import pass_order
-from lwf_lightning.generation import generate_answers, unwrapped
+from lwf_lightning.generation import generate_answers, keep_end, prompt_limit, unwrapped
 from lwf_lightning.study.questions.answer import Answer
 from lwf_lightning.study.questions.ground import Ground
 from lwf_lightning.tasks.base import Example, Task, plain
@@ -146,12 +148,22 @@ def answer(ground: Ground, seed: int, folder: Path) -> Answer:
     """Generates, samples and compares."""
     ground.prepare()
     by_task: dict[str, list[Example]] = defaultdict(list)
+    left_out = 0
     for name, example in ground.data.forgetting_examples:
         if example.answer:
-            by_task[name].append(example)
+            fits = _gold(ground, example) is not None
+            left_out += not fits
+            by_task[name] += [example] if fits else []
+    if left_out:
+        warnings.warn(
+            f"{left_out} prompts are left out: their gold answer does not fit "
+            "data.init_args.max_length, or holds the tokenizer's end-of-text token",
+            stacklevel=2,
+        )
     found = {
         name: _kinds(ground, ground.data.tasks[name], examples, seed)
         for name, examples in by_task.items()
+        if examples
     }
     if not found:
         raise ValueError("no forgetting task has gold answers to compare with")
@@ -162,8 +174,7 @@ def answer(ground: Ground, seed: int, folder: Path) -> Answer:
             f"{texts.covered:.2f}",
             f"{texts.empty:.2f}",
             f"{texts.distinct:.2f}",
-            f"{median(texts.losses):.2f}",
-            f"{fmean(texts.losses):.2f}",
+            *(f"{of(texts.losses):.2f}" if texts.losses else "" for of in (median, fmean)),
             f"{texts.distance_1:.2f}",
             f"{texts.distance_2:.2f}",
         )
@@ -200,8 +211,13 @@ def answer(ground: Ground, seed: int, folder: Path) -> Answer:
 
 def _kinds(ground: Ground, task: Task, examples: list[Example], seed: int) -> dict[str, Texts]:
     data, tokenizer = ground.data, ground.module.tokenizer
+    limit = prompt_limit(unwrapped(ground.model), data.max_new_tokens, data.max_length)
     prompts = [
-        encode_prompt(tokenizer, example.prompt, chat_template=data.chat_template)
+        keep_end(
+            encode_prompt(tokenizer, example.prompt, chat_template=data.chat_template),
+            limit,
+            tokenizer.bos_token_id,
+        )
         for example in examples
     ]
 
@@ -234,10 +250,7 @@ def _kinds(ground: Ground, task: Task, examples: list[Example], seed: int) -> di
     for count in SAMPLES:
         name = f"{count} sample{'s' if count > 1 else ''}"
         kinds[name] = told([own[:count] for own in samples])
-    gold = [
-        encode_example(tokenizer, example, data.max_length, data.chat_template)
-        for example in examples
-    ]
+    gold = [text for example in examples if (text := _gold(ground, example))]
     words = [plain(example.answer).split() for example in examples]
     mixed = [words[row] for row in pass_order(len(words), seed, 0)]  # files are often sorted
     kinds[GOLD] = Texts(
@@ -249,6 +262,15 @@ def _kinds(ground: Ground, task: Task, examples: list[Example], seed: int) -> di
         distance_2=ngram_distance(mixed[::2], mixed[1::2], 2),
     )
     return kinds
+
+
+def _gold(ground: Ground, example: Example) -> EncodedText | None:
+    """A prompt with its gold answer; None where nothing could be learned from it."""
+    data = ground.data
+    try:
+        return encode_example(ground.module.tokenizer, example, data.max_length, data.chat_template)
+    except DataError:
+        return None
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

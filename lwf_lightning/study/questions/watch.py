@@ -89,6 +89,8 @@ class WatchUnlearning(L.Callback):
         figures = {}
         with trainer.precision_plugin.forward_context(), evaluation_mode(module.model):
             for name, texts in self.sets.items():
+                if not texts:  # nothing is chosen, or nothing is left
+                    continue
                 losses = [
                     float(loss)
                     for batch in batches_of(texts, 32, self.pad_token_id)

@@ -236,3 +236,31 @@ def test_hours_are_operations_over_speed_plus_passes() -> None:
     assert work.hours(parameters=7, flops=11.0) == pytest.approx(
         (7 * (6 * 100 + 2 * 30) / 11 + 80 / 40) / 3600
     )
+
+
+def test_a_partial_batch_is_no_step(make_module, make_data) -> None:
+    """The loader drops it: 24 texts make 4 batches of 5, of which a limit leaves 3."""
+    model = model_of(make_module())
+    for given, steps in ((settings(), 8), (settings(limit_train_batches=0.75), 6)):
+        found = expected(make_module(), make_data(batch_size=5), given, model)
+        assert (found.steps, found.validated) == (steps, steps)
+    data = make_data(batch_size=99)
+    few = expected(make_module(schedule="never"), data, settings(), model)
+    assert (few.steps, few.work.trained) == (2, 2 * sum(len(t) for t in data.learning_encoded))
+
+
+def test_what_baselines_ask_of_the_base_model_is_counted(make_module, make_data) -> None:
+    model = model_of(make_module())
+    plain = expected(make_module(schedule="never"), make_data(), settings(), model)
+    ewc = make_module(schedule="never", regularizer="ewc")
+    found = expected(ewc, make_data(), settings(), model)
+    lwf = expected(make_module(), make_data(), settings(), model)
+    assert (found.pool, found.elicitation) == (lwf.pool, lwf.elicitation)
+    scored = lwf.elicitation.read + 24 * 5
+    assert found.work.trained == plain.work.trained + scored  # its Fisher information
+    tokens = make_module(schedule="never", learning_loss="token_forgetting")
+    of_tokens = expected(tokens, make_data(), settings(), model).work
+    assert of_tokens.read == plain.work.read + plain.work.trained
+    npo = expected(make_module(objective="npo"), make_data(), settings(), model).work
+    assert npo.trained == lwf.work.trained
+    assert npo.read > lwf.work.read

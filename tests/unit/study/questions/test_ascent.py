@@ -10,12 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lwf_lightning import FisherCallback
 from lwf_lightning.data.batch import collate
+from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.losses import per_text_loss
 from lwf_lightning.study.overlay import looked_up
 from lwf_lightning.study.perform import read_curves
 from lwf_lightning.study.questions import ascent
 from lwf_lightning.study.questions.ascent import SETS, arms, told
+from lwf_lightning.study.questions.ground import Ground
 from lwf_lightning.study.questions.watch import WatchUnlearning, write_watched
 
 CONFIG = {
@@ -83,7 +86,8 @@ def test_another_configuration_or_seed_is_run_by_itself(
     def folder_of(rate: float, seed: int) -> Path:
         config = {**CONFIG, "model": {"init_args": {"learning_rate": rate}}}
         module = SimpleNamespace(hparams={"unlearning_scale": 0.1})
-        ascent.answer(SimpleNamespace(config=config, module=module), seed, tmp_path)  # type: ignore[arg-type]
+        ground = SimpleNamespace(config=config, module=module, need_probe=int, steps=int)
+        ascent.answer(ground, seed, tmp_path)  # type: ignore[arg-type]
         return used[-1].parent
 
     first = folder_of(0.1, 0)
@@ -116,3 +120,70 @@ def test_a_single_validation_is_seen() -> None:
     figure = ascent.draw({ascent.ALONE: {**watched, "val/accuracy": ([24], [0.5])}})
     *_, last = figure.axes
     assert [line.get_marker() for line in last.lines] == ["o"]
+
+
+def test_callbacks_may_be_names() -> None:
+    names = ["lwf_lightning.FisherCallback", "lwf_lightning.AscentGuard"]
+    found = arms({**CONFIG, "trainer": {"callbacks": names}}, 0.1)
+    assert found["LWF, no guard"]["trainer"]["callbacks"] == names[:1]
+    assert found["LWF"]["trainer"]["callbacks"] == names
+
+
+def test_what_is_not_there_is_left_blank() -> None:
+    """Nothing kept, no validation, and an arm that ended elsewhere."""
+    kinds = [kind for kind in SETS if kind != "kept"] + ["repetition", "distinct_2"]
+    plain = {f"watch/{kind}": ([0, 4], [1.0, 2.0]) for kind in kinds}
+    other = {f"watch/{kind}": ([0, 3], [1.0, 9.0]) for kind in kinds}
+    answer = told({ascent.ALONE: plain, "LWF": other | {ascent.DIVERGED: ([], [])}})
+    assert answer.rows[0][3] == answer.rows[0][-1] == ""
+    assert answer.rows[1][:4] == ["LWF, diverged", "0", "1.00 to 9.00", ""]
+    assert [list(line.get_xdata()) for line in answer.figure.axes[0].lines] == [[0, 4], [0]]
+
+
+def test_a_run_that_diverges_is_told_and_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def diverges(arguments: list[str]) -> None:
+        log = Path(arguments[2]).parent / "version_0"
+        log.mkdir()
+        (log / "metrics.csv").write_text("step,watch/chosen\n0,1.5\n")
+        try:
+            raise NonFiniteLossError("the loss is NaN")
+        except NonFiniteLossError:
+            raise SystemExit(1)  # noqa: B904  # as the command line does
+
+    monkeypatch.setattr("lwf_lightning.cli.main", diverges)
+    curves = ascent._curves("LWF", CONFIG, tmp_path / "LWF")
+    assert curves == {"watch/chosen": [[0], [1.5]], ascent.DIVERGED: [[], []]}
+    monkeypatch.setattr("lwf_lightning.cli.main", None)  # it is not done again
+    assert ascent._curves("LWF", CONFIG, tmp_path / "LWF") == curves
+
+
+def test_a_set_without_texts_is_not_watched(
+    make_module, make_data, make_trainer, make_texts, tmp_path: Path
+) -> None:
+    file = tmp_path / "watched.json"
+    write_watched(file, {"chosen": make_texts(2), "kept": []}, [[5]], 0)
+    trainer = make_trainer(
+        callbacks=[WatchUnlearning(str(file), tokens=2)], logger=True, max_steps=1
+    )
+    trainer.fit(make_module(schedule="never"), make_data())
+    curves = read_curves(Path(str(trainer.log_dir)) / "metrics.csv", ("watch/",))
+    assert "watch/chosen" in curves
+    assert "watch/kept" not in curves
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [({"max_steps": 40}, 40), ({"max_epochs": 3}, 12), ({"max_steps": 7, "max_epochs": 3}, 7)],
+)
+def test_a_length_in_epochs_is_one_in_steps(trainer: dict[str, int], steps: int) -> None:
+    data = SimpleNamespace(learning_encoded=[0] * 23, batch_size=5)
+    ground = Ground({"trainer": trainer}, None, data, None)  # type: ignore[arg-type]
+    assert ground.steps() == steps
+
+
+def test_an_online_anchor_is_refused() -> None:
+    ground = Ground({}, None, None, FisherCallback("online", 8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"anchor: this question scores by a probe, got 'online'"):
+        ground.need_probe()

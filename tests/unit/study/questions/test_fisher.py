@@ -47,24 +47,27 @@ def test_products_are_those_with_the_matrix_itself(part: str) -> None:
     torch.testing.assert_close(sensitivity, torch.einsum("ti,ij,tj->t", g, fisher, g))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("text_step", ["unit", "gradient"])
 def test_the_diagonal_by_single_gradients_is_that_of_the_method(
-    text_step: str, make_llama, make_texts
+    text_step: str, reduction: str, make_llama, make_texts
 ) -> None:
     model = make_llama()
     learning, own = ([collate([t], 0) for t in make_texts(5, seed=seed)] for seed in (0, 1))
     anchor = {name: p.detach() * 0.9 for name, p in trainable_parameters(model).items()}
-    fisher = diagonal_fisher(model, learning)
+    fisher = diagonal_fisher(model, learning, reduction=reduction)
     expected = forgetting_confidence(
-        model, own, fisher=fisher, anchor=anchor, alpha=2.0, text_step=text_step
-    )
+        model, own, fisher=fisher, anchor=anchor, alpha=2.0, text_step=text_step,
+        reduction=reduction,
+    )  # fmt: skip
     difference = {n: (p.detach() - anchor[n]).flatten() for n, p in model.named_parameters()}
-    of_texts = text_gradients(model, own)
+    of_texts = text_gradients(model, own, reduction)
     if text_step == "unit":
         of_texts = of_unit_length(of_texts)
         norms = torch.cat([*of_texts.values()], dim=1).norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms))
-    found = products(text_gradients(model, learning), of_texts, difference, "diagonal")
+    of_learning = text_gradients(model, learning, reduction)
+    found = products(of_learning, of_texts, difference, "diagonal")
     torch.testing.assert_close(found[0].float(), expected.alignment, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found[1].float(), expected.sensitivity, rtol=1e-4, atol=1e-12)
     assert model.training
