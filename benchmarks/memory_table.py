@@ -2,20 +2,23 @@
 
     python -m benchmarks.memory_table
 
-The table of ``docs/performance.md``. A run of LWF with a probe anchor; each rank passes 8 texts of
-512 tokens, of which 128 are labelled, with gradient checkpointing, on a GPU.
+The tables of ``docs/performance.md`` and ``docs/multi-gpu.md``. A run of LWF with a probe anchor;
+each rank passes 8 texts (in the second two) of 512 tokens, of which 128 are labelled, with gradient
+checkpointing, on a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lwf_lightning.decoding import room_for
 from lwf_lightning.estimate import size_of
-from lwf_lightning.memory import highest, phases
+from lwf_lightning.memory import Phase, highest, phases
 from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts
 from lwf_lightning.study.architectures import known_config
 
@@ -40,7 +43,8 @@ PLAN = Plan(
     probe=ONE,
     fisher=ONE,
     scoring=ONE,
-    elicitation=Prompts(texts=32, tokens=384, answer=128),
+    elicitation=Prompts(32, 384, 128, *room_for(32, 384, 128)),
+    guards=True,
     checkpointing=True,
     device="cuda",
 )
@@ -59,26 +63,50 @@ def sizes(config: LlamaConfig) -> dict[str, ModelSize]:
         return {"full": whole, "LoRA": size_of(get_peft_model(model, lora))}
 
 
-def main() -> None:
-    """Prints one Markdown table."""
+def large_models() -> list[str]:
+    """The table of ``docs/performance.md``: with ever more ranks, and beside plain fine-tuning."""
     head = ["model", "trains", "ranks", "vanilla, bf16-true"]
     head += [f"LWF, {kind}" for kind in PRECISIONS]
-    print("| " + " | ".join(head) + " |")
-    print("|" + " --- |" * len(head))
+    rows = []
     for name, config in CONFIGS.items():
         for trains, size in sizes(config).items():
             for ranks in (1, 8, 64):
                 vanilla = Plan(ONE, checkpointing=True, device="cuda")
-                cells = [name, trains, str(ranks)]
-                cells.append(_highest(size, vanilla, "bf16-true", ranks))
-                cells += [_highest(size, PLAN, kind, ranks) for kind in PRECISIONS]
-                print("| " + " | ".join(cells) + " |")
+                plans = [(vanilla, "bf16-true"), *((PLAN, kind) for kind in PRECISIONS)]
+                tops = [_highest(size, replace(plan, ranks=ranks), kind) for plan, kind in plans]
+                told = [f"{top.total / 1e9:,.1f} GB ({top.name})" for top in tops]
+                rows.append([name, trains, str(ranks), *told])
+    return _markdown([head, ["---"] * len(head), *rows])
 
 
-def _highest(size: ModelSize, plan: Plan, precision: str, ranks: int) -> str:
-    found = phases(size, replace(plan, ranks=ranks, precision=PRECISIONS[precision]))
-    top = highest(found)
-    return f"{top.total / 1e9:,.1f} GB ({top.name})"
+def by_ranks() -> list[str]:
+    """The table of ``docs/multi-gpu.md``: two texts per pass and rank, under DDP and FSDP2."""
+    two = [Pass(texts=2, width=512, columns=128, labelled=2 * 128)]
+    passes = {"learning": two, "unlearning": two, "probe": two, "fisher": two, "scoring": two}
+    plan = replace(PLAN, **passes)
+    every = [plan, replace(plan, buckets=True), *(replace(plan, ranks=n) for n in (8, 16, 64))]
+    head = ["", "1 rank", "each under DDP", "FSDP2, 8 ranks", "16", "64"]
+    rows = []
+    for name in ("Llama-3-8B", "Llama-3-70B"):
+        found = sizes(CONFIGS[name])
+        for trains, kind in (("full", "bf16-mixed"), ("full", "bf16-true"), ("LoRA", "bf16-true")):
+            tops = [_highest(found[trains], one, kind) for one in every]
+            label = f"{name.split('-')[-1]}, {trains}, `{kind}`"
+            rows.append([label, *(f"{top.total / 1e9:,.0f}" for top in tops)])
+    return _markdown([head, ["---", *["---:"] * (len(head) - 1)], *rows])
+
+
+def main() -> None:
+    """Prints both tables as Markdown."""
+    print("\n".join([*large_models(), "", *by_ranks()]))
+
+
+def _highest(size: ModelSize, plan: Plan, precision: str) -> Phase:
+    return highest(phases(size, replace(plan, precision=PRECISIONS[precision])))
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 if __name__ == "__main__":

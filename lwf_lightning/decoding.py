@@ -110,6 +110,17 @@ class _Row:
         return len(self.prompt) + len(self.answer) - 1
 
 
+def room_for(batch_size: int, prompt: int, answer: int) -> tuple[int, int]:
+    """What :func:`decode` holds at most of a batch whose longest prompt has so many tokens.
+
+    Returns:
+        Prompts that are read in one pass, and tokens whose keys and values are held.
+    """
+    columns = prompt + answer - 1
+    read = min(batch_size, max(1, _PREFILL_TOKENS // prompt))
+    return read, max(columns, batch_size * min(columns, _SLOT_TOKENS))
+
+
 def _next_rows(waiting: deque[_Row], slots: _Slots, batch_size: int) -> list[_Row]:
     """Rows to read now: none unless a quarter of the batch is free, for small passes are dear."""
     free = batch_size - len(slots.rows)

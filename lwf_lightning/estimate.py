@@ -12,13 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from lwf_lightning.callbacks.fisher import FisherCallback
+from lwf_lightning.callbacks.guard import AscentGuard
 from lwf_lightning.data.batch import IGNORE_INDEX, EncodedText
 from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.data.passes import pass_cost
 from lwf_lightning.data.sampler import batch_indices
+from lwf_lightning.generation import unwrapped
 from lwf_lightning.memory import Phase, phases
 from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Precision, Prompts, passes_of, rows_of
 from lwf_lightning.metrics.shared_prompts import can_share_prompts, share_prompts
@@ -172,7 +175,9 @@ def precision_of(dtype: str, trainer_precision: str, model: nn.Module) -> Precis
     """
     loaded = getattr(torch, dtype).itemsize
     trained = max(p.element_size() for p in _trained(model))  # an adapter on bf16 is float32
-    if trainer_precision.endswith("-true") and not trainer_precision.startswith(("32", "64")):
+    if trainer_precision == "64-true":
+        return Precision(8, 8, 8, loaded)
+    if trainer_precision.endswith("-true") and not trainer_precision.startswith("32"):
         return Precision(2, 2, 2, loaded)
     mixed = trainer_precision.endswith("-mixed")
     return Precision(loaded, trained, 2 if mixed else loaded, loaded, mixed)
@@ -204,19 +209,25 @@ def _plan(
         "unlearns": module.schedule.unlearns,
         "compares": module.needs_base_weights,
         "pulls": module.hparams["regularizer"] == "ewc",
+        "guards": module.objective.ascends
+        and any(isinstance(c, AscentGuard) for c in _callbacks(trainer)),
+        "retains": module.hparams["unlearning_retain"] > 0,
         "checkpointing": module.hparams["gradient_checkpointing"],
+        "is_eager": module.hparams["attention"] == "eager",
+        "buckets": isinstance(trainer.strategy, DDPStrategy),
         "ranks": world if ranks is not None or _shards(trainer) else 1,
         "device": device,
         "precision": precision_of(module.hparams["dtype"], str(trainer.precision), model),
     }
     options |= _evaluation(data, model, cost)
     if module.needs_self_knowledge:
-        options |= _forgetting(trainer, data, texts, cost, passes)
+        options |= _forgetting(trainer, model, data, texts, cost, passes)
     return Plan(**options)
 
 
 def _forgetting(
     trainer: L.Trainer,
+    model: nn.Module,
     data: LWFDataModule,
     texts: Sequence[tuple[int, int]],
     cost: int,
@@ -233,12 +244,15 @@ def _forgetting(
     known = [(tokens + data.max_new_tokens, data.max_new_tokens) for tokens in prompts]
     found: dict[str, Any] = {
         "unlearning": passes(known[: data.forget_batch_size], 0),
-        "elicitation": Prompts(
-            min(data.elicit_batch_size, len(prompts)), prompts[0], data.max_new_tokens
+        "pull_fisher": passes_of(known[: data.forget_batch_size], 0),
+        "elicitation": _prompts(
+            model,
+            min(data.elicit_batch_size, len(prompts)),
+            prompts[0],
+            data.max_new_tokens,
         ),
     }
-    callbacks = cast(list["L.Callback"], trainer.callbacks)  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in _callbacks(trainer):
         if isinstance(callback, FisherCallback):
             longest = sorted(texts, reverse=True)
             chosen = _batches(texts, callback.probe_batch_size, callback.seed, 64)
@@ -268,9 +282,22 @@ def _evaluation(data: LWFDataModule, model: nn.Module, cost: int) -> dict[str, A
             if batch.kind == "choice":
                 passes.append(passes_of(list(zip(lengths, labels, strict=True)), cost))
             else:
-                prompts.append(Prompts(len(batch), max(lengths), data.max_new_tokens))
+                prompts.append(_prompts(model, len(batch), max(lengths), data.max_new_tokens))
     longest = max(prompts, key=lambda p: p.texts * (p.tokens + p.answer))
     return {"evaluation": _distinct(passes), "evaluation_prompts": longest}
+
+
+def _prompts(model: nn.Module, texts: int, tokens: int, answer: int) -> Prompts:
+    """A batch of prompts as :mod:`lwf_lightning.decoding` answers it, where it can."""
+    from lwf_lightning.decoding import can_decode, room_for  # imports transformers: seconds
+
+    if not can_decode(unwrapped(model), tokens + answer):
+        return Prompts(texts, tokens, answer)
+    return Prompts(texts, tokens, answer, *room_for(texts, tokens, answer))
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    return cast(list["L.Callback"], trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _training_passes(
@@ -302,8 +329,6 @@ def _tokens_and_labels(text: EncodedText) -> tuple[int, int]:
 
 
 def _shards(trainer: L.Trainer) -> bool:
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 

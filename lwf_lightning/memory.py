@@ -16,6 +16,9 @@ from lwf_lightning.memory_plan import ModelSize, Pass, Plan, Prompts
 Parts: TypeAlias = dict[str, int]
 """What memory goes to, in bytes by name."""
 
+PULL = "Fisher of ewc"
+"""A phase, and what is held from it on."""
+
 FLOAT = 4
 """Bytes of a float32: Fisher information, scores and the arithmetic inside norms and losses."""
 
@@ -43,17 +46,20 @@ def phases(size: ModelSize, plan: Plan) -> list[Phase]:
     held = resident(size, plan)
     moments = {"moments of AdamW": 2 * size.trainable * plan.precision.trained // plan.ranks}
     found = [Phase("load", loading(size, plan), in_main_memory=plan.device != "cpu")]
-    estimates = plan.unlearns or plan.pulls
-    if estimates:
-        found.append(Phase("elicit", held | generation(size, plan, plan.elicitation)))
-    if estimates and plan.anchor == "probe":
+    if plan.unlearns or plan.pulls:
+        before = {name: count for name, count in held.items() if name != PULL}
+        found.append(Phase("elicit", before | generation(size, plan, plan.elicitation)))
+    if plan.pulls:
+        pull = engine(size, plan, plan.pull_fisher, per_parameter=FLOAT)
+        found.append(Phase(PULL, held | pull))
+    if plan.unlearns and plan.anchor == "probe":
         start = {"start copy of the probe": held["base copy"]}
         probe = step(size, plan, plan.probe, plan.probe_accumulates)
         found.append(Phase("probe", held | start | moments | probe))
     optimizers = dict(moments)
     if plan.unlearns:
         optimizers["moments of unlearning"] = moments["moments of AdamW"]
-    if estimates and plan.anchor:
+    if plan.unlearns and plan.anchor:
         # The probe is scored before any step; online, a refresh comes between steps.
         refresh = held | (optimizers if plan.anchor == "online" else _anchor(size, plan))
         found += [
@@ -69,7 +75,9 @@ def phases(size: ModelSize, plan: Plan) -> list[Phase]:
     learning = step(size, plan, plan.learning, plan.accumulates)
     found.append(Phase("learning step", held | optimizers | learning))
     if plan.unlearns:
-        unlearning = step(size, plan, plan.unlearning, False)
+        unlearning = step(size, plan, plan.unlearning, plan.retains)
+        if plan.guards:
+            unlearning = max(unlearning, judged(size, plan), key=_sum)
         found.append(Phase("unlearning step", held | optimizers | unlearning))
     # It is written tensor by tensor; gradients and activations are gone by then.
     return [*found, Phase("checkpoint", held | optimizers)]
@@ -83,7 +91,9 @@ def resident(size: ModelSize, plan: Plan) -> Parts:
     if plan.unlearns or plan.compares:
         parts["base copy"] = size.trainable * numbers.trained // plan.ranks
     if plan.pulls:
-        parts["Fisher of ewc"] = size.trainable * FLOAT // plan.ranks
+        parts[PULL] = size.trainable * FLOAT // plan.ranks
+    if plan.buckets:
+        parts["buckets of DDP"] = size.trainable * numbers.trained
     return parts
 
 
@@ -93,6 +103,12 @@ def loading(size: ModelSize, plan: Plan) -> Parts:
     if plan.unlearns or plan.compares:
         parts["base copy"] = size.trainable * plan.precision.loaded // plan.ranks
     return parts
+
+
+def judged(size: ModelSize, plan: Plan) -> Parts:
+    """When AscentGuard has a step taken: what makes it undoable, beside the gradients."""
+    trained = size.trainable * plan.precision.trained // plan.ranks
+    return {"gradients": trained, "copy of AscentGuard": trained}
 
 
 def step(size: ModelSize, plan: Plan, passes: Iterable[Pass], accumulates: bool) -> Parts:
@@ -146,10 +162,12 @@ def forward(size: ModelSize, plan: Plan, passes: Iterable[Pass]) -> Parts:
 
 def generation(size: ModelSize, plan: Plan, prompts: Prompts) -> Parts:
     """Keys and values of all tokens, and the longest prompt's forward pass."""
-    tokens = prompts.texts * (prompts.tokens + prompts.answer)
+    every = prompts.texts * (prompts.tokens + prompts.answer)
+    cached = every if prompts.cached is None else prompts.cached
+    read = prompts.texts if prompts.read is None else prompts.read
     return {
-        "keys and values": 2 * size.layers * size.key_value * tokens * plan.precision.compute,
-        "activations": running_activations(size, plan, prompts.texts, prompts.tokens),
+        "keys and values": 2 * size.layers * size.key_value * cached * plan.precision.compute,
+        "activations": running_activations(size, plan, read, prompts.tokens),
         "logits": 2 * prompts.texts * size.vocabulary * FLOAT,
         **_cast_weights(size, plan, keeps=False),
         **gathered_groups(size, plan, gradients=False),
@@ -211,7 +229,10 @@ def block_activations(size: ModelSize, plan: Plan, one: Pass, *, training: bool)
     gates = 4 * size.intermediate
     token = norms + numbers.compute * (inputs + attention + gates) + FLOAT * size.heads
     mask = one.width * numbers.compute if one.padded else 0
-    return one.tokens * (token + mask)
+    # Those of softmax, and the cast ones of the product with the values.
+    cast = numbers.compute if numbers.compute < FLOAT else 0
+    scores = size.heads * one.width * (FLOAT + cast) if plan.is_eager else 0
+    return one.tokens * (token + mask + scores)
 
 
 def running_activations(size: ModelSize, plan: Plan, texts: int, width: int) -> int:

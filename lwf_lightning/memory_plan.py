@@ -119,11 +119,15 @@ class Prompts:
         texts: Prompts.
         tokens: Tokens of the longest, to which all are padded.
         answer: Tokens of an answer.
+        read: How many of them are read in one pass; None reads all.
+        cached: Tokens whose keys and values are held at most; None takes those of all.
     """
 
     texts: int = 0
     tokens: int = 0
     answer: int = 0
+    read: int | None = None
+    cached: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,11 @@ class Plan:
         unlearns: Whether the run unlearns: a base copy, and moments of its own.
         compares: Whether the run keeps the base weights without unlearning: a base copy.
         pulls: Whether a pull weighs by the Fisher information, which it keeps.
+        guards: Whether an AscentGuard judges unlearning steps, which takes a copy of the weights.
+        retains: Whether an unlearning step has a second pass, of what is to stay.
         anchor: Where theta*_L comes from; None without a FisherCallback.
         unlearning: Passes of an unlearning step.
+        pull_fisher: Passes of the Fisher information of a pull.
         probe: Passes of a step of the probe.
         fisher: Passes of the Fisher estimate.
         scoring: Passes of scoring.
@@ -146,6 +153,8 @@ class Plan:
         accumulates: Whether a learning step has several passes.
         probe_accumulates: Whether a step of the probe has.
         checkpointing: Whether activations are recomputed.
+        is_eager: Whether attention keeps its scores, as ``eager`` does.
+        buckets: Whether DDP holds a second gradient.
         ranks: Processes among which FSDP2 shards everything.
         device: ``cpu`` or ``cuda``.
         precision: Bytes per element.
@@ -156,8 +165,11 @@ class Plan:
     unlearns: bool = False
     compares: bool = False
     pulls: bool = False
+    guards: bool = False
+    retains: bool = False
     anchor: Literal["probe", "online"] | None = None
     unlearning: Sequence[Pass] = ()
+    pull_fisher: Sequence[Pass] = ()
     probe: Sequence[Pass] = ()
     fisher: Sequence[Pass] = ()
     scoring: Sequence[Pass] = ()
@@ -166,6 +178,8 @@ class Plan:
     accumulates: bool = False
     probe_accumulates: bool = False
     checkpointing: bool = False
+    is_eager: bool = False
+    buckets: bool = False
     ranks: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
     precision: Precision = field(default_factory=Precision)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _SMALLER_PASSES = {  # what cuts the activations and logits of each phase
     "elicit": "--data.init_args.elicit_batch_size",
+    "Fisher of ewc": "--data.init_args.forget_batch_size",
     "probe": "probe_batch_size of FisherCallback, which changes the probe",
     "Fisher": "batch_size of FisherCallback, which changes no score",
     "scoring": "batch_size of FisherCallback, which changes no score",
@@ -24,19 +25,22 @@ _SMALLER_PASSES = {  # what cuts the activations and logits of each phase
 _SHARD = "FSDP2 over more processes (docs/multi-gpu.md)"
 _LORA = "LoRA (model.init_args.lora)"
 _HALF = "--trainer.precision bf16-true"
-_HELP = {  # part: what makes it smaller
-    "weights": f"--model.init_args.dtype bfloat16; {_SHARD}",
-    "base copy": f"{_LORA}; {_SHARD}",
-    "Fisher of ewc": f"{_LORA}; {_SHARD}",
-    "moments of AdamW": f"{_LORA}; {_HALF}; {_SHARD}",
-    "moments of unlearning": f"{_LORA}; {_HALF}; {_SHARD}",
-    "gradients": f"{_LORA}; {_HALF}; {_SHARD}",
-    "Fisher": f"{_LORA}; {_SHARD}",
-    "anchor": f"anchor online of FisherCallback; {_LORA}",
-    "start copy of the probe": f"anchor online of FisherCallback; {_LORA}",
-    "cast weights": _HALF,
-    "gathered layers": "--model.init_args.dtype bfloat16",
-    "keys and values": "--data.init_args.elicit_batch_size; --data.init_args.max_new_tokens",
+_BFLOAT16 = "--model.init_args.dtype bfloat16"
+_ONLINE = "anchor online of FisherCallback"
+_HELP: dict[str, tuple[str, ...]] = {  # part: what makes it smaller
+    "weights": (_BFLOAT16, _SHARD),
+    "base copy": (_LORA, _SHARD),
+    "Fisher of ewc": (_LORA, _SHARD),
+    "moments of AdamW": (_LORA, _HALF, _SHARD),
+    "moments of unlearning": (_LORA, _HALF, _SHARD),
+    "gradients": (_LORA, _HALF, _SHARD),
+    "copy of AscentGuard": (_LORA, _HALF, _SHARD),
+    "buckets of DDP": (_LORA, _HALF, _SHARD),
+    "Fisher": (_LORA, _SHARD),
+    "anchor": (_ONLINE, _LORA),
+    "start copy of the probe": (_ONLINE, _LORA),
+    "cast weights": (_HALF,),
+    "gathered layers": (_BFLOAT16,),
 }
 
 
@@ -91,15 +95,27 @@ def verdict(estimate: Estimate, available: int) -> Sequence[str]:
         return [f"{need} of the {size(available)} that one process has here."]
     lines = [f"{need}; that is more than the {size(available)} that one process has here."]
     for name, count in sorted(top.parts.items(), key=lambda part: -part[1])[:4]:
-        if advice := _advice(top, name, estimate.plan.checkpointing):
+        if advice := _advice(estimate, top, name):
             lines.append(f"  {name} ({size(count)}): {advice}")
     return lines
 
 
-def _advice(phase: Phase, part: str, is_checkpointed: bool) -> str:
-    if part not in ("activations", "logits"):
-        return _HELP.get(part, "")
+def _advice(estimate: Estimate, phase: Phase, part: str) -> str:
+    """What would make a part of a phase smaller, and is not done already."""
+    numbers = estimate.plan.precision
     smaller = _SMALLER_PASSES.get(phase.name, "")
-    if part == "activations" and not is_checkpointed and phase.name not in ("elicit", "validation"):
-        return f"{smaller}; --model.init_args.gradient_checkpointing true"
-    return smaller
+    if part == "keys and values":
+        found = [smaller, "--data.init_args.max_new_tokens"]
+    elif part in ("activations", "logits"):
+        found = [smaller]
+        if part == "activations" and phase.name not in ("elicit", "validation"):
+            found += ["--model.init_args.gradient_checkpointing true"]
+    else:
+        found = list(_HELP.get(part, ()))
+    done = {
+        _LORA: estimate.size.is_adapted,
+        _HALF: numbers.trained == 2,
+        _BFLOAT16: numbers.weights == 2,
+        "--model.init_args.gradient_checkpointing true": estimate.plan.checkpointing,
+    }
+    return "; ".join(one for one in found if one and not done.get(one))

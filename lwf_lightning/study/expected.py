@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lwf_lightning.callbacks.fisher import FisherCallback
+from lwf_lightning.callbacks.guard import AscentGuard
 from lwf_lightning.callbacks.validate_first import ValidateFirst
 from lwf_lightning.data.encode import encode_prompt
 from lwf_lightning.data.sampler import batches_per_pass
@@ -164,10 +165,13 @@ def _planned(settings: Mapping[str, Any]) -> SimpleNamespace:
     has_gpu = accelerator in ("gpu", "cuda") or (
         accelerator == "auto" and torch.cuda.is_available()
     )
+    callbacks = list(settings["callbacks"] or [])
+    if settings.get("ascent_guard", True):  # as LWFTrainer does
+        callbacks.append(AscentGuard())
     return SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cuda" if has_gpu else "cpu")),
         precision=settings["precision"] or "32-true",
-        callbacks=settings["callbacks"] or [],
+        callbacks=callbacks,
         max_steps=settings["max_steps"],
         world_size=1,
     )

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lwf_lightning import FisherCallback, LWFDataModule, LWFModule
+from lwf_lightning.decoding import room_for
 from lwf_lightning.estimate import Estimate, meta_model, precision_of, predict, size_of
 from lwf_lightning.memory import highest
 from lwf_lightning.memory_report import size, table, verdict
@@ -68,11 +69,32 @@ def test_a_model_whose_memory_has_other_terms_is_refused():
         size_of(model)
 
 
-def test_a_pull_that_weighs_is_estimated_with_its_scores(run):
+def test_a_pull_that_weighs_is_estimated_with_its_fisher_information(run):
+    """FisherCallback does nothing in a run that does not unlearn."""
     pull = {"regularizer": "ewc", "schedule": "never"}
     names = [phase.name for phase in predict(*run(pull)).phases]
-    assert {"elicit", "probe", "Fisher", "scoring"} <= set(names)
-    assert "unlearning step" not in names
+    assert {"elicit", "Fisher of ewc"} <= set(names)
+    assert not {"probe", "Fisher", "scoring", "unlearning step"} & set(names)
+    longest = max(predict(*run(pull)).plan.pull_fisher, key=lambda one: one.width)
+    assert longest.texts == 8
+
+
+def test_what_a_run_holds_besides_follows_its_settings(run):
+    plan = predict(*run({"unlearning_retain": 1.0})).plan
+    assert (plan.guards, plan.retains, plan.is_eager, plan.buckets) == (True, True, False, False)
+    assert not predict(*run(ascent_guard=False)).plan.guards
+    assert not predict(*run({"objective": "replay"})).plan.guards
+    assert predict(*run({"attention": "eager"})).plan.is_eager
+    assert predict(*run(strategy="ddp")).plan.buckets
+
+
+def test_prompts_take_the_room_that_decoding_has(run):
+    long = predict(*run(data={"elicit_batch_size": 32, "max_new_tokens": 600})).plan.elicitation
+    assert (long.texts, long.cached) == (32, 32 * 512)
+    assert long.read == 32
+    assert room_for(32, 1500, 128) == (1, 32 * 512)
+    assert room_for(2, 4000, 100) == (1, 4099)
+    assert room_for(8, 10, 5) == (8, 8 * 14)
 
 
 def test_sizes_are_rounded_to_the_unit_above():
@@ -142,6 +164,7 @@ def test_an_adapter_and_shards_take_less(run):
         ("float32", "bf16-mixed", (4, 4, 2, 4, True)),
         ("float32", "bf16-true", (2, 2, 2, 4, False)),
         ("bfloat16", "32-true", (2, 2, 2, 2, False)),
+        ("float32", "64-true", (8, 8, 8, 4, False)),
     ],
 )
 def test_bytes_per_element(make_llama, dtype, trainer_precision, expected):
@@ -165,13 +188,26 @@ def test_the_table_marks_the_highest_phase_and_the_verdict_names_flags(run):
 def test_every_part_that_can_dominate_has_advice(run):
     from lwf_lightning.memory_report import _advice
 
-    found = [*predict(*run()).phases, *predict(*run(), ranks=2).phases]
-    for phase in found:
-        if phase.name == "load":
-            continue
-        for part in phase.parts:
-            if part != "block of gradients":  # of a fixed size
-                assert _advice(phase, part, False), (phase.name, part)
+    ewc = {"regularizer": "ewc", "schedule": "never"}
+    for found in (predict(*run()), predict(*run(), ranks=2), predict(*run(ewc)),
+                  predict(*run(strategy="ddp"))):  # fmt: skip
+        for phase in found.phases:
+            if phase.name == "load":
+                continue
+            for part in phase.parts:
+                if part != "block of gradients":  # of a fixed size
+                    assert _advice(found, phase, part), (phase.name, part)
+
+
+def test_what_is_done_already_is_no_advice(run):
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    done = {"dtype": "bfloat16", "lora": lora, "gradient_checkpointing": True}
+    told = "\n".join(verdict(predict(*run(done, precision="bf16-true")), 1))
+    assert "LoRA" not in told
+    assert "bfloat16" not in told
+    assert "bf16-true" not in told
+    assert "checkpointing" not in told
+    assert "FSDP2" in told
 
 
 def test_estimate_is_a_method_of_the_trainer(run, capsys):

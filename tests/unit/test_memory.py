@@ -6,6 +6,7 @@ import pytest
 
 from lwf_lightning.memory import (
     block_activations,
+    generation,
     head,
     head_backward,
     highest,
@@ -177,3 +178,56 @@ def test_passes_follow_the_lengths():
     assert passes_of(texts, cost=0) == [Pass(4, 90, 84, 79)]
     # The first token of a text is never predicted, so all labels give one column fewer.
     assert passes_of([(3, 3), (3, 3)], cost=20) == [Pass(2, 3, 2, 4, padded=False)]
+
+
+def test_a_judged_step_holds_a_copy_beside_its_gradients():
+    guarded = replace(LWF, guards=True)
+    parts = {phase.name: phase.parts for phase in phases(SIZE, guarded)}
+    assert parts["unlearning step"]["gradients"] == 40_000
+    assert parts["unlearning step"]["copy of AscentGuard"] == 40_000
+    assert all("copy of AscentGuard" not in p for n, p in parts.items() if n != "unlearning step")
+    held = 40_000 + 40_000 + 80_000 + 80_000  # weights, base copy, two pairs of moments
+    assert total(SIZE, guarded, "unlearning step") == held + 80_000
+    sharded = replace(guarded, ranks=4)
+    (step_of,) = (p.parts for p in phases(SIZE, sharded) if p.name == "unlearning step")
+    assert step_of.get("copy of AscentGuard", 10_000) == 10_000
+
+
+def test_what_is_rehearsed_goes_through_beside_the_first_gradients():
+    retains = replace(LWF, retains=True)
+    parts = {phase.name: phase.parts for phase in phases(SIZE, retains)}["unlearning step"]
+    expected = step(SIZE, retains, retains.unlearning, accumulates=True)
+    assert {name: parts[name] for name in expected} == expected
+
+
+def test_a_pull_by_its_fisher_information_has_that_phase_alone():
+    pulled = replace(VANILLA, compares=True, pulls=True, anchor="probe", pull_fisher=[ONE])
+    found = {phase.name: phase.parts for phase in phases(SIZE, pulled)}
+    assert list(found) == [
+        "load", "elicit", "Fisher of ewc", "validation", "learning step", "checkpoint"
+    ]  # fmt: skip
+    assert "Fisher of ewc" not in found["elicit"]
+    assert found["Fisher of ewc"]["Fisher of ewc"] == 40_000
+    assert found["Fisher of ewc"]["block of gradients"]
+    assert found["learning step"]["Fisher of ewc"] == 40_000
+
+
+def test_answers_take_the_room_that_decoding_gives_them():
+    whole = generation(SIZE, LWF, Prompts(32, 100, 28))
+    fits = generation(SIZE, LWF, Prompts(32, 100, 28, read=20, cached=32 * 127))
+    assert whole["keys and values"] == 2 * 2 * 4 * 32 * 128 * 4
+    assert fits["keys and values"] == 2 * 2 * 4 * 32 * 127 * 4
+    assert fits["activations"] * 32 == whole["activations"] * 20
+
+
+@pytest.mark.parametrize(("compute", "per_score"), [(4, 4), (2, 6)])
+def test_attention_that_keeps_its_scores_is_square(compute, per_score):
+    plan = replace(VANILLA, precision=Precision(compute, compute, compute, compute))
+    more = block_activations(SIZE, replace(plan, is_eager=True), ONE, training=True)
+    assert more - block_activations(SIZE, plan, ONE, training=True) == 20 * 2 * 10 * per_score
+
+
+def test_ddp_holds_a_second_gradient_all_the_time():
+    plain, ddp = phases(SIZE, LWF), phases(SIZE, replace(LWF, buckets=True))
+    for before, after in zip(plain, ddp, strict=True):
+        assert after.total - before.total == (0 if before.name == "load" else 40_000)
