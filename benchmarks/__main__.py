@@ -1,6 +1,6 @@
 """All benchmarks, one table: ``python -m benchmarks`` (or ``make bench``).
 
-    python -m benchmarks                    # all of them, in about an hour of two cores
+    python -m benchmarks                    # all of them: two quiet cores take 90 minutes
     python -m benchmarks --only scoring     # one of them; the others keep their last results
     python -m benchmarks --resume           # what has not finished at this commit
     python -m benchmarks --quick            # does everything still run? the figures mean nothing
@@ -8,7 +8,9 @@
     python -m benchmarks --markdown docs/performance.md     # the same, into the document
 
 ``benchmarks/results.json`` is written after each benchmark: machine, versions, commit, threads and
-every figure with what it was made of.
+every figure with what it was made of. One that fails, or finds no figure, leaves its last results
+as they are and says so beside them; results of another machine or of other versions move to
+``results.old.json``.
 """
 
 from __future__ import annotations
@@ -123,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{name}: {ran[name]['seconds']:.0f} s")
             progress.advance(bar)
             if not options.quick:
-                kept["benchmarks"][name] = ran[name]
+                kept["benchmarks"][name] = record.newest(known, ran[name])
+                if moved := record.put_aside(options.output):
+                    console.print(f"Results of another machine or other versions: now {moved}")
                 record.write(options.output, kept)
     title = f"{options.threads} threads, commit {commit}" + (
         ", quick: the figures mean nothing" if options.quick else ""
@@ -137,7 +141,7 @@ def _is_done(known: dict[str, Any] | None, commit: str | None, threads: int) -> 
     if known is None or commit is None or commit.endswith("+"):
         return False
     is_same = known["commit"] == commit and known["threads"] == threads
-    return is_same and not any("failed" in result for result in known["results"])
+    return is_same and "tried_since" not in known and record.has_figures(known)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measured peaks of memory beside those that ``lwf_lightning.memory`` predicts.
 
-    python -m benchmarks.memory                     # all cases, a few minutes
+    python -m benchmarks.memory                     # all cases, some forty minutes
     python -m benchmarks.memory --case smollm2      # one of them, phase by phase
 
 Each case is a real fit in a process of its own: elicitation, probe, Fisher, scoring, a validation,

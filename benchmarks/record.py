@@ -84,6 +84,26 @@ def read(path: Path) -> dict[str, Any]:
     return {**here, "benchmarks": {}}
 
 
+def put_aside(path: Path) -> Path | None:
+    """Moves results that :func:`read` would not take out of the way; where to, if there are any."""
+    if not path.exists() or read(path)["benchmarks"] or not load(path).get("benchmarks"):
+        return None
+    return path.replace(path.with_suffix(".old.json"))
+
+
+def has_figures(entry: Mapping[str, Any]) -> bool:
+    """Whether a benchmark ran to its end and measured something."""
+    results = entry["results"]
+    return any("figure" in r for r in results) and not any("failed" in r for r in results)
+
+
+def newest(known: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entry to keep: a run without figures stands beside the last that had some."""
+    if known is None or has_figures(entry) or not has_figures(known):
+        return entry
+    return {**known, "tried_since": entry}
+
+
 def load(path: Path) -> dict[str, Any]:
     """The results of earlier runs, wherever they were made."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +173,8 @@ def refresh(document: Path, found: Mapping[str, Any]) -> None:
     after = rest.split(MARKS[1])[1]
     benchmarks, machine = found["benchmarks"], found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    runs = {f"{run['commit']} with {run['threads']} threads" for run in benchmarks.values()}
+    made = {pair for run in benchmarks.values() for pair in _measured(run)}
+    runs = {f"{commit} with {threads} threads" for commit, threads in made}
     source = (
         f"Commit {', '.join(sorted(runs))}; {machine['cpu']}, {machine['cores']} cores; "
         f"{versions.replace(' None', ' not installed')}.\n"
@@ -162,6 +183,12 @@ def refresh(document: Path, found: Mapping[str, Any]) -> None:
     with whole_file(document) as temporary:
         content = [before, MARKS[0], source, "\n", table, "\n", MARKS[1], after]
         temporary.write_text("".join(content), encoding="utf-8")
+
+
+def _measured(run: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """Commits and threads that measured its figures; a benchmark may keep earlier points."""
+    kept = (result.get("details", {}).get("measured", ()) for result in run["results"])
+    return {tuple(pair) for pairs in kept for pair in pairs} or {(run["commit"], run["threads"])}
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import record
+from benchmarks import memory_table, overhead, record
 from benchmarks.harness import Result, Skipped, ratio_of_medians, take_turns
 
 
@@ -122,6 +122,72 @@ def test_results_of_another_machine_are_not_mixed_in(with_benchmarks, tmp_path):
     file.write_text(json.dumps({"machine": {"cpu": "abacus"}, "benchmarks": {"old": {}}}))
     program.main(["--output", str(file)])
     assert set(json.loads(file.read_text())["benchmarks"]) == {"fast"}
+    before = json.loads((tmp_path / "results.old.json").read_text())
+    assert before["benchmarks"] == {"old": {}}
+
+
+def test_a_run_without_figures_leaves_the_last_ones(with_benchmarks, tmp_path):
+    """Data that are not found, or a failure half way, are told beside them, and tried again."""
+    file = tmp_path / "results.json"
+
+    def absent(*, quick=False):
+        yield Skipped("sort", "", "there are no data")
+
+    for worse in (absent, broken):
+        with_benchmarks(fast=met)
+        program.main(["--output", str(file)])
+        with_benchmarks(fast=worse)
+        program.main(["--output", str(file)])
+        entry = json.loads(file.read_text())["benchmarks"]["fast"]
+        assert entry["results"][0]["figure"] == 0.5
+        assert "figure" not in entry["tried_since"]["results"][-1]
+        with_benchmarks(fast=met)
+        program.main(["--resume", "--output", str(file)])
+        assert "tried_since" not in json.loads(file.read_text())["benchmarks"]["fast"]
+
+
+def test_what_is_skipped_whole_is_not_done(with_benchmarks, tmp_path):
+    runs = []
+
+    def absent(*, quick=False):
+        runs.append(1)
+        yield Skipped("sort", "", "there are no data")
+
+    with_benchmarks(fast=absent)
+    for _ in range(2):
+        program.main(["--resume", "--output", str(tmp_path / "results.json")])
+    assert len(runs) == 2
+
+
+def test_figures_name_the_commits_that_measured_them(tmp_path):
+    points = {"details": {"measured": [["old", 1], ["older", 1]]}, "figure": 1.0}
+    kept = {"commit": "new", "threads": 2, "results": [points]}
+    other = {"commit": "new", "threads": 2, "results": [{"figure": 1.0}]}
+    assert record._measured(kept) == {("old", 1), ("older", 1)}
+    assert record._measured(other) == {("new", 2)}
+
+
+def test_what_lwf_costs_is_what_it_adds():
+    """Not the noise of the learning steps, which both runs have."""
+    vanilla = [{overhead.WHOLE: [s, s], overhead.LEARNING: [s, s]} for s in (10.0, 11.0, 10.0)]
+    lwf = [
+        {overhead.WHOLE: [s + 2, s + 2], overhead.LEARNING: [s, s], overhead.FISHER: [2.0, 2.0]}
+        for s in (8.0, 7.0, 9.0)
+    ]
+    assert overhead._share(overhead.WHOLE, 0, lwf, vanilla) == pytest.approx(1.2)
+    assert overhead._share(overhead.FISHER, 1, lwf, vanilla) == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_the_tables_of_large_models_are_those_of_the_documents():
+    docs = Path(__file__).parents[2] / "docs"
+    for rows, name in (
+        (memory_table.large_models(), "performance.md"),
+        (memory_table.by_ranks(), "multi-gpu.md"),
+    ):
+        assert "\n".join(rows) in (docs / name).read_text(), (
+            f"python -m benchmarks.memory_table: {name}"
+        )
 
 
 def test_a_quick_run_keeps_nothing(with_benchmarks, tmp_path, capsys):
