@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -47,9 +47,9 @@ BAR = 1.3
 PARTS = {"qasc": 5, "gsm8k": 25}  # of an interval, one is measured: a minute or two a round
 LEARNING, UNLEARNING, FISHER, SCORES = "learning steps", "unlearning steps", "Fisher", "scores"
 SAVING, REST, ELSE, WHOLE = "saving", "rest of the refresh", "everything else", "whole"
-Seconds = list[float]
+Seconds: TypeAlias = list[float]
 """By the clock, and of processor time."""
-Run = dict[str, Seconds]
+Run: TypeAlias = dict[str, Seconds]
 """Seconds by part."""
 
 
@@ -234,8 +234,8 @@ def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
 def compare(segment: Segment, rounds: int) -> Iterator[Result]:
     """The whole of a segment, then its parts."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    vanilla: list[dict[str, Seconds]] = []
-    unlearning: list[dict[str, Seconds]] = []
+    vanilla: list[Run] = []
+    unlearning: list[Run] = []
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as cache:
         warnings.simplefilter("ignore")
         for number in range(rounds):
@@ -256,12 +256,7 @@ def compare(segment: Segment, rounds: int) -> Iterator[Result]:
         )
 
 
-def _share(
-    part: str,
-    i: int,
-    unlearning: Sequence[dict[str, Seconds]],
-    vanilla: Sequence[dict[str, Seconds]],
-) -> float:
+def _share(part: str, i: int, unlearning: Sequence[Run], vanilla: Sequence[Run]) -> float:
     """Of the vanilla run; of the whole 1 and what is added to the learning steps."""
     whole = median(seconds[WHOLE][i] for seconds in vanilla)
     if part != WHOLE:
