@@ -30,12 +30,12 @@ def cache_root() -> Path:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file.
+    """The rows of a JSONL file, without blank lines.
 
     A row ends at a newline and nowhere else: its texts may hold other line ends, such as U+2028.
     """
-    with path.open(encoding="utf-8", newline="\n") as file:
-        return [json.loads(line) for line in file]
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def _temporary_sibling(path: Path) -> Path:

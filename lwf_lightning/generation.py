@@ -33,6 +33,15 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _check_adapter(model: Any) -> None:
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise TypeError(
+            f"{adapter.peft_type} lies outside of the model's layers, and answers would be "
+            "generated without it. Take LoRA"
+        )
+
+
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All ids that end a text, sorted: the generation config's and the tokenizer's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -137,6 +146,7 @@ def generate_answers(
         kept if it was generated; nothing of a stop string is.
 
     Raises:
+        TypeError: If an adapter puts a prefix before each text: the model is asked without it.
         ValueError: If a prompt or a stop string is empty, a number is below 1, or the model does
             not embed a prompt's ids.
     """
@@ -144,6 +154,7 @@ def generate_answers(
     from lwf_lightning.fallback import answer_in_batches
 
     _check(prompt_ids, max_new_tokens, batch_size, stop)
+    _check_adapter(model)
     base = unwrapped(model)
     check_ids(prompt_ids, base, tokenizer, "the prompts")
     eos_ids = eos_token_ids(base, tokenizer)

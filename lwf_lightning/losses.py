@@ -138,7 +138,7 @@ def _check_model(model: Any) -> None:
     if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type != "PREFIX_TUNING":
         raise TypeError(
             f"{adapter.peft_type} puts tokens of its own before each text, so that labels no "
-            "longer stand beside their tokens. Take LoRA or prefix tuning"
+            "longer stand beside their tokens. Take LoRA"
         )
 
 

@@ -46,13 +46,13 @@ def encode_question(
     return tuple(_token_ids(tokenizer, [text], chat_template)[0])
 
 
-def answer_length(
+def answer_ids(
     tokenizer: PreTrainedTokenizerBase, example: Example, chat_template: bool = False
-) -> int:
-    """Tokens of the gold answer after :func:`encode_question`, the end of text not counted."""
+) -> list[int]:
+    """The gold answer after :func:`encode_question`, without the end of text that is due."""
     prompt, lead = _question_text(tokenizer, example.prompt, chat_template)
     answer = lead + example.answer.strip() if chat_template else example.answer
-    return len(_split_ids(tokenizer, prompt, [answer], chat_template)[1][0])
+    return list(_split_ids(tokenizer, prompt, [answer], chat_template)[1][0])
 
 
 def encode_example(
@@ -110,10 +110,34 @@ def encode_choices(
         DataError: If truncation would remove a choice whole; names the example's source.
         ValueError: See :func:`encode_prompt`.
     """
+    return _choices(tokenizer, example, max_length, chat_template)[0]
+
+
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_length: int,
+    chat_template: bool = False,
+) -> tuple[list[list[EncodedText]], list[str]]:
+    """Encodes the choices of each example as :func:`encode_choices` does.
+
+    Returns:
+        The texts of each, and the sources of those of which a choice lost its end to
+        ``max_length``.
+    """
+    encoded = [_choices(tokenizer, example, max_length, chat_template) for example in examples]
+    cut = [e.source for e, (_, is_cut) in zip(examples, encoded, strict=True) if is_cut]
+    return [texts for texts, _ in encoded], cut
+
+
+def _choices(
+    tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int, chat_template: bool
+) -> tuple[list[EncodedText], bool]:
     prompt, lead = _question_text(tokenizer, example.prompt, chat_template)
     answers = [lead + choice.strip() if chat_template else choice for choice in example.choices]
     prompt_ids, split = _split_ids(tokenizer, prompt, answers, chat_template)
-    return [_labelled(prompt_ids, ids, max_length, example.source) for ids in split]
+    texts = [_labelled(prompt_ids, ids, max_length, example.source) for ids in split]
+    return texts, any(len(prompt_ids) + len(ids) > max_length for ids in split)
 
 
 def _encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lwf_lightning.data.batch import IGNORE_INDEX, Batch, EncodedText, collate
-from lwf_lightning.data.encode import encode_choices, encode_question
+from lwf_lightning.data.encode import encode_question, encode_questions
 from lwf_lightning.data.rows import DataError, Split
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.tasks.base import Example
@@ -111,10 +112,15 @@ def eval_items(
         ValueError: See :func:`~lwf_lightning.data.encode.encode_question`.
     """
     if kind == "choice":
-        return [
-            EvalItem(e, tuple(encode_choices(tokenizer, e, max_length, chat_template)))
-            for e in examples
-        ]
+        encoded, cut = encode_questions(tokenizer, examples, max_length, chat_template)
+        if cut:
+            warnings.warn(
+                f"the choices of {len(cut)} of {len(examples)} questions are longer than "
+                f"data.init_args.max_length={max_length} leaves room for, and are compared without "
+                f"their end: raise it. {cut[0]} is the first",
+                stacklevel=2,
+            )
+        return [EvalItem(e, tuple(texts)) for e, texts in zip(examples, encoded, strict=True)]
     items = []
     for example in examples:
         ids = encode_question(tokenizer, example.prompt, chat_template=chat_template)

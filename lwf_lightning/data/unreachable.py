@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lwf_lightning.data.encode import answer_length
+from lwf_lightning.data.encode import answer_ids
 from lwf_lightning.tasks.base import Example, Task
 
 if TYPE_CHECKING:
@@ -29,16 +29,24 @@ def warn_of_unreachable(
         max_new_tokens: Limit of a generated answer.
         chat_template: Whether answers are given in the tokenizer's chat template.
     """
-    unread = [e for e in examples if not e.reference or task.read_answer(e.answer) != e.reference]
+    ids = [answer_ids(tokenizer, example, chat_template) for example in examples]
+    # As a generated answer is read: a tokenizer need not give back what it was given.
+    said = [str(tokenizer.decode(own, skip_special_tokens=True)) for own in ids]
+    unread = [
+        e
+        for e, text in zip(examples, said, strict=True)
+        if not e.reference or task.read_answer(text) != e.reference
+    ]
     if unread:
         warnings.warn(
             f"{len(unread)} of {len(examples)} gold answers of {task.name} can never count as "
             f"right: {unread[0].source} is the first. A generated answer is read up to a stop text "
-            f"({list(task.stop)}), and where it is a choice to the end of its line; set `stop` in "
+            f"({list(task.stop)}), where it is a choice to the end of its line, and as the "
+            "tokenizer gives it back, without special tokens; set `stop` in "
             "data.init_args.custom_tasks, or change the rows",
             stacklevel=2,
         )
-    long = sum(answer_length(tokenizer, e, chat_template) > max_new_tokens for e in examples)
+    long = sum(len(own) > max_new_tokens for own in ids)
     if long:
         warnings.warn(
             f"{long} of {len(examples)} gold answers of {task.name} are longer than "

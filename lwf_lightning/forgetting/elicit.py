@@ -145,7 +145,7 @@ def elicit(
             "their start",
             stacklevel=2,
         )
-    adapts = _adapts(base)
+    adapts = _adapts(model)
     cache_file, fingerprint = None, ""
     if cache_dir is not None:
         settings = {
@@ -205,12 +205,16 @@ def _checked_tasks(prompts: Sequence[str], tasks: Sequence[str] | None) -> Seque
     return names
 
 
-def _adapts(base: Any) -> bool:
-    """Whether a LoRA adapter changes what the model computes, as one that has learned does.
+def _adapts(model: Any) -> bool:
+    """Whether an adapter changes what the model computes, as one that has learned does.
 
     One of PiSSA does so from the start: it holds a part of the weights that it was put on. The
-    second factor is what starts at 0 (of an embedding's the first).
+    second factor is what starts at 0 (of an embedding's the first). Of adapters other than LoRA
+    that is not known, so they are taken as they are.
     """
+    base = unwrapped(model)
+    if any(one.peft_type != "LORA" for one in getattr(model, "peft_config", {}).values()):
+        return True
     starts_at_zero = (".lora_B.", ".lora_embedding_A.")
     return any(
         bool(whole(parameter.detach()).any())
@@ -227,8 +231,8 @@ def _fingerprint(base: Any, content: object, adapts: bool) -> str:
     full fine-tuning and LoRA share what they elicit.
     """
     digest = hashlib.sha256()
-    config = comparable_config(base)
-    digest.update(json.dumps([config, content], sort_keys=True, default=str).encode())
+    used = [comparable_config(base), content, *(_adapter_settings(base) if adapts else ())]
+    digest.update(json.dumps(used, sort_keys=True, default=str).encode())
     for name, tensor in base.state_dict().items():
         if ".lora_" in name and not adapts:
             continue
@@ -237,6 +241,16 @@ def _fingerprint(base: Any, content: object, adapts: bool) -> str:
         data: Any = whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()[:32]
+
+
+def _adapter_settings(base: Any) -> list[Any]:
+    """What else than its weights decides what an adapter does: which is on, and how much."""
+    names = ("active_adapters", "disable_adapters", "merged", "scaling")
+    return [
+        [name, *(getattr(module, setting, None) for setting in names)]
+        for name, module in base.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "base_layer")
+    ]
 
 
 def comparable_config(base: Any) -> dict[str, Any]:

@@ -45,9 +45,9 @@ def confidence_by_part(
         value: Its value in the rows that should be forgotten.
     """
     known = [row for row in json_lines(planted_rows) if "prompt" in row]
-    part_of = {row["prompt"]: row.get(field) for row in known}
-    rows = [row for row in last_scores(run_folder) if row["prompt"] in part_of]
-    parts = [str(part_of[row["prompt"]]) for row in rows]
+    part_of = {row["prompt"].strip(): row.get(field) for row in known}  # as tasks read them
+    rows = [row for row in last_scores(run_folder) if row["prompt"].strip() in part_of]
+    parts = [str(part_of[row["prompt"].strip()]) for row in rows]
     sought = torch.tensor([part == value for part in parts], dtype=torch.bool)
     selected = torch.tensor([bool(row["selected"]) for row in rows], dtype=torch.bool)
     # Ranks, since torchmetrics squashes what lies outside [0, 1] by a sigmoid that may saturate.

@@ -43,8 +43,8 @@ def told_of_unknown(study: Study, records: Iterable[Record]) -> list[str]:
     records = list(records)
     if study.planted is None or any("area" in r or "precision" in r for r in records):
         return []
-    known = {row.get("prompt") for row in json_lines(Path(study.planted.rows))}
-    scored = {row["prompt"] for r in records for row in last_scores(log_folder(study, r))}
+    known = {row.get("prompt", "").strip() for row in json_lines(Path(study.planted.rows))}
+    scored = {row["prompt"].strip() for r in records for row in last_scores(log_folder(study, r))}
     if not scored or scored & known:
         return []
     return [

@@ -133,7 +133,7 @@ def task_from_fields(
         raise ValueError(f"{flag}: a stop text must not be empty")
     stop = fields.stop
     if stop is None:
-        start = fields.prompt_template.partition("{prompt}")[0].strip()
+        start = fields.prompt_template.partition("{prompt}")[0].strip().rpartition("\n")[2]
         stop = [f"\n{start}" if start else "\n\n"]
     return FieldsTask(
         name,

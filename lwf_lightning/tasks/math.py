@@ -31,12 +31,12 @@ class Gsm8k(Task):
         question = row.text("question")
         rationale, mark, final = row.text("answer").rpartition("####")
         number = read_number(final)
-        if not mark or not number:
-            raise row.error("answer", "must end in '#### ' and a number")
-        rationale = _CALCULATOR.sub("", rationale).strip()
+        if not mark or not number or not _NUMBER.fullmatch(final.strip()):
+            raise row.error("answer", "must end in '#### ' and a number, such as -1,250.5")
+        parts = (_CALCULATOR.sub("", rationale).strip(), f"The answer is {final.strip()}.")
         return Example(
             prompt=f"Question: {question}\nLet's think step by step:",
-            answer=f" {rationale} The answer is {final.strip()}.",
+            answer="".join(f" {part}" for part in parts if part),
             reference=number,
             source=row.source,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -183,6 +183,14 @@ def test_lora_layers_take_part(make_llama: Callable[..., Any], tokenizer: Any) -
     expected = [by_hand(wrapped, prompt, 9, 2) for prompt in prompts()]
     assert expected != plain
     assert answers_of(wrapped, tokenizer) == expected
+
+
+def test_a_prefix_outside_of_the_layers_is_refused(
+    make_llama: Callable[..., Any], tokenizer: Any
+) -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(TypeError, match=r"PREFIX_TUNING lies outside .* without it\. Take LoRA"):
+        answers_of(get_peft_model(make_llama(seed=3), config), tokenizer)
 
 
 def test_bfloat16(make_llama: Callable[..., Any], tokenizer: Any) -> None:

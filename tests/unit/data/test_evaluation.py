@@ -55,3 +55,15 @@ def test_lightning_moves_it(make_tokenizer):
 def test_long_prompt_is_named(make_tokenizer):
     with pytest.raises(DataError, match=r"f:row 2: .* 5 tokens.*data\.init_args\.max_length=4"):
         eval_items(make_tokenizer(), EXAMPLES, "generate", max_length=4)
+
+
+def test_choices_that_lose_their_end_are_counted_in_a_warning(make_tokenizer):
+    """Those that begin alike would be one and the same."""
+    told = (
+        r"the choices of 1 of 2 questions are longer than data\.init_args\.max_length=8 .* without "
+        r"their end: raise it\. f:row 2 is the first"
+    )
+    with pytest.warns(UserWarning, match=told):
+        items = eval_items(make_tokenizer(), EXAMPLES, "choice", max_length=8)
+    assert [len(text) for text in items[1].texts] == [7, 8, 8]
+    assert len(eval_items(make_tokenizer(), EXAMPLES, "choice", max_length=9)) == 2

@@ -106,16 +106,17 @@ def test_evaluation_by_generation(make_data):
 def test_gold_answers_that_can_never_count_as_right_are_counted_in_a_warning(
     make_data, data_dir, write_jsonl_task, recwarn
 ):
-    answers = ["One.", "One.\n\nTwo.", "...", "A very long answer.", "Just so long"]
+    end = "</s>"  # which a generated answer is read without
+    answers = ["One.", "One.\n\nTwo.", "...", "A very long answer.", "Just so long", f"A{end}"]
     rows = [{"prompt": "Why?", "answer": answer} for answer in answers]
     write_jsonl_task(data_dir / "mine", train=rows, validation=rows)
     custom = {"mine": TaskFields()}
     data = make_data("mine", (), custom_tasks=custom, max_new_tokens=len(" Just so long"))
     unread, cut = [str(warning.message) for warning in recwarn]
     source = f"{data_dir / 'mine' / 'validation.jsonl'}:row 2"
-    assert unread.startswith(f"2 of 5 gold answers of mine can never count as right: {source} is")
+    assert unread.startswith(f"3 of 6 gold answers of mine can never count as right: {source} is")
     assert "data.init_args.custom_tasks" in unread
-    assert cut.startswith("1 of 5 gold answers of mine are longer than data.init_args.max_new_t")
+    assert cut.startswith("1 of 6 gold answers of mine are longer than data.init_args.max_new_t")
     data.setup("validate")
     make_data(evaluation="choice", max_new_tokens=1)  # nothing is generated
     assert len(recwarn) == 2

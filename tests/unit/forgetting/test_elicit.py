@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -264,6 +264,36 @@ def test_an_adapter_that_changes_the_model_takes_part(
     merged = copy.deepcopy(wrapped).merge_and_unload()
     assert found == ask(merged, tokenizer)
     assert (found == plain) != is_learned  # what PiSSA takes from the weights, it adds again
+
+
+def test_an_adapter_of_another_kind_takes_part(model: Any, tokenizer: Any) -> None:
+    plain = ask(model, tokenizer)
+    wrapped = get_peft_model(model, LoHaConfig(r=2, target_modules=TARGETS[:2]))
+    for name, parameter in wrapped.named_parameters():
+        if ".hada_" in name:
+            torch.nn.init.normal_(parameter)
+    found = ask(wrapped, tokenizer)
+    assert found == ask(copy.deepcopy(wrapped).merge_and_unload(), tokenizer)
+    assert found != plain
+
+
+def test_another_strength_or_another_adapter_is_asked_anew(
+    model: Any, tokenizer: Any, generations: list[int], tmp_path: Path
+) -> None:
+    wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=1, target_modules=TARGETS[:2]))
+    wrapped.add_adapter("other", LoraConfig(r=2, lora_alpha=64, target_modules=TARGETS[:2]))
+    weights = {name: p for name, p in wrapped.named_parameters() if ".lora_" in name}
+    for name, parameter in weights.items():
+        torch.nn.init.normal_(parameter)
+        parameter.data.copy_(weights[name.replace(".other.", ".default.")])
+    weak = ask(wrapped, tokenizer, cache_dir=tmp_path)
+    wrapped.set_adapter("other")
+    strong = ask(wrapped, tokenizer, cache_dir=tmp_path)
+    assert strong != weak
+    assert strong == ask(wrapped, tokenizer)
+    wrapped.set_adapter("default")
+    assert ask(wrapped, tokenizer, cache_dir=tmp_path) == weak
+    assert generations == [7, 7, 7]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,9 @@ def test_other_tasks_are_left_out(study: Study, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "kind": PARTS[n]} for n in (0, 3)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert found_figures(study, tmp_path / "log") == {"area": 1.0, "precision": 1.0}
+    rows = '\ufeff{"prompt": "p0 ", "kind": "old"}\n\n{"prompt": "p3\\n", "kind": "new"}\n'
+    (tmp_path / "train.jsonl").write_text(rows)  # as tasks read it
+    assert found_figures(study, tmp_path / "log") == {"area": 1.0, "precision": 1.0}
     rows = '{"kind": "old"}\n{"prompt": "another", "kind": "old"}\n'
     (tmp_path / "train.jsonl").write_text(rows)
     assert found_figures(study, tmp_path / "log") == {}

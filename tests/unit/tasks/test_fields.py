@@ -134,6 +134,9 @@ def test_stop_texts():
 
     assert stop() == ("\n\n",)
     assert stop(prompt_template="### In: {prompt}") == ("\n### In:",)
+    few = "Answer briefly.\nQ: 1+1?\nA: 2\n\nQ: {prompt}\nA:"  # a model goes on with one question
+    assert stop(prompt_template=few) == ("\nQ:",)
+    assert stop(prompt_template="Do it.\n\n### In:\n{prompt}\n### Out:") == ("\n### In:",)
     assert stop(stop=["END", "\n"]) == ("END", "\n")
     assert stop(stop=[]) == ()
 

@@ -29,7 +29,21 @@ def test_gold_answers_read_as_their_reference():
         assert TASK.read_answer(example.answer) == example.reference
 
 
-@pytest.mark.parametrize("answer", ["It is 72.", "Much.\n#### many"])
+def test_an_answer_without_a_rationale_has_one_space_before_it():
+    assert TASK.example(row("#### 72")).answer == " The answer is 72."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "It is 72.",
+        "Much.\n#### many",
+        "Half.\n#### 3/4",
+        "A lot.\n#### 1 000 000",
+        "####",
+        "#### -",
+    ],
+)
 def test_answer_without_a_number_is_named(answer):
     with pytest.raises(DataError, match=r"gsm8k/train\.jsonl:row 1: field 'answer' must end in"):
         TASK.example(row(answer))
