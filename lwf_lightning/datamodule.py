@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lwf_lightning.data.arguments import check_arguments
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
 from lwf_lightning.data.evaluation import EvalItem, Evaluation
-from lwf_lightning.data.resumed import check_learning, texts_digest
+from lwf_lightning.data.resumed import check_learning, texts_digest, warn_of_batches
 from lwf_lightning.data.rows import Row, Split
 from lwf_lightning.data.sampler import ResumableLoader, filled_indices, seeded_sample
 from lwf_lightning.data.training import learning_texts, pooled_prompts
@@ -377,13 +377,20 @@ class LWFDataModule(EvaluationDataMixin):
             "self_texts": None if self.self_knowledge is None else self.self_knowledge.digest(),
             "learning_texts": self._learning_digest,
             "seed": self.seed,
+            "batch_sizes": self._batch_sizes(),
         }
+
+    def _batch_sizes(self) -> dict[str, int]:
+        """Texts of a step over all processes."""
+        world = ranks_of(self.trainer).world_size
+        return {name: world * getattr(self, name) for name in ("batch_size", "forget_batch_size")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues with the next batch and the same forget set; of no use but in a fit."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         check_learning(state_dict, self.seed, self._learning_digest)
+        warn_of_batches(state_dict, self._batch_sizes())
         self._loader_state = state_dict["loader"]
         if self._loader is not None and self._loader_state is not None:
             self._loader.load_state_dict(self._loader_state)  # some strategies restore that late

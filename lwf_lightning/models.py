@@ -90,7 +90,8 @@ def _load(loader: Any, name_or_path: str | Path, **settings: Any) -> Any:
         raise ValueError(
             f"{_FLAG}: {located!r} is neither an alias nor a local folder, and the Hub did not "
             f"give it either: no such model, no access to it, or no network (without network only "
-            f"a model that was downloaded before can be named). {_ways_out()}"
+            f"a model that was downloaded before can be named). {_ways_out()}. It said: "
+            f"{str(error).strip().partition(chr(10))[0]}"
         ) from error
 
 

@@ -7,6 +7,7 @@ drawn.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -29,7 +30,9 @@ from lwf_lightning.data.sampler import ResumableLoader
 from lwf_lightning.loggers import BoardLogger, TableLogger
 from lwf_lightning.runs import (
     begin_run,
+    claim,
     configuration,
+    is_new,
     is_run,
     is_whole,
     last_whole_checkpoint,
@@ -207,6 +210,7 @@ class CheckpointConnector(_CheckpointConnector):
     """Lightning's choice of a checkpoint, in which ``last`` means the newest run of this kind."""
 
     _own: Path | None = None  # the folder of the run that this trainer has begun, or goes on with
+    _claim: TextIO | None = None  # held while it does
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         """Loads tensors and primitives only, whatever the strategy."""
@@ -251,8 +255,11 @@ class CheckpointConnector(_CheckpointConnector):
         if trainer.is_global_zero:
             root = trainer.default_root_dir
             # Another trainer's run may have begun there since this one was made, or begin now.
-            if not saves and trainer.run_folder != self._own and is_run(trainer.run_folder):
-                self._write_to(Path(BoardLogger(root).log_dir), {})
+            if not saves and trainer.run_folder != self._own:
+                writes = state_fn == TrainerFn.PREDICTING or any(map(_is_own, trainer.loggers))
+                while is_run(trainer.run_folder) or (writes and not is_new(trainer.run_folder)):
+                    self._write_to(Path(BoardLogger(root).log_dir), {})
+                self._own = trainer.run_folder if writes else None
             if saves:
                 # Before anything else is there, so that a run is known from its first moment.
                 values = self._configuration()
@@ -261,7 +268,19 @@ class CheckpointConnector(_CheckpointConnector):
                 ):
                     self._write_to(Path(BoardLogger(root).log_dir), {})
                 self._own = trainer.run_folder
+                self._hold(trainer.run_folder)
         return path
+
+    def _hold(self, run: Path) -> None:
+        """Has this process be the only one that goes on with a run, until :meth:`let_go`."""
+        if self.trainer.is_global_zero and self._claim is None:
+            self._claim = claim(run)
+
+    def let_go(self) -> None:
+        """Lets other processes go on with the run."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def _parse_ckpt_path(
         self,
@@ -270,7 +289,6 @@ class CheckpointConnector(_CheckpointConnector):
         model_provided: bool,
         model_connected: bool,
     ) -> Any:
-        requeued = SLURMEnvironment.detect() and self._hpc_resume_path is not None
         if ckpt_path == "last":
             return self._last(state_fn)
         saver: Any = self.trainer.checkpoint_callback
@@ -279,8 +297,10 @@ class CheckpointConnector(_CheckpointConnector):
                 "--ckpt_path best: no ModelCheckpoint of this trainer has chosen one; give a file, "
                 "or last"
             )
-        if ckpt_path is None and requeued and state_fn == TrainerFn.FITTING:
+        if ckpt_path is None and state_fn == TrainerFn.FITTING and _is_requeued():
             ckpt_path = self._last(state_fn)
+        if ckpt_path is None and model_provided:
+            return None  # Lightning would take what any run has left in the root folder
         return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
     def _last(self, state_fn: TrainerFn) -> Path | None:
@@ -297,6 +317,7 @@ class CheckpointConnector(_CheckpointConnector):
                 f"--ckpt_path last: there is no {what} of this configuration in {root}: one begins"
             )
         elif saves:
+            self._hold(run)
             self._own = run
             self._write_to(run, {} if path is None else run_state(path)["logs"])
             where = "from the beginning" if path is None else f"from {path.name}"
@@ -323,7 +344,7 @@ class CheckpointConnector(_CheckpointConnector):
         trainer: Any = self.trainer
         trainer.run_folder = folder
         for logger in trainer.loggers:
-            if isinstance(logger, (BoardLogger, TableLogger)):
+            if _is_own(logger):
                 logger.continue_run(folder, logs.get(type(logger).__name__, {}))
 
     def _configuration(self) -> dict[str, Any]:
@@ -339,6 +360,15 @@ class CheckpointConnector(_CheckpointConnector):
             if state.get("folder") == str(run) and state["step"] > step:
                 return of_slurm
         return path
+
+
+def _is_own(logger: Any) -> bool:
+    return isinstance(logger, (BoardLogger, TableLogger))
+
+
+def _is_requeued() -> bool:
+    """Whether SLURM has started this job again, as it does after the signal before its limit."""
+    return SLURMEnvironment.detect() and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def step_checkpoint(trainer: Any) -> StepCheckpoint | None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
@@ -81,6 +81,43 @@ def folder_of(trainer: L.Trainer) -> Path | None:
     folder = trainer.log_dir or trainer.default_root_dir
     writes = not (trainer.fast_dev_run or trainer.barebones)  # type: ignore[attr-defined]
     return Path(folder) if writes else None
+
+
+def is_new(folder: Path) -> bool:
+    """Makes a folder; whether it was not there before."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def claim(folder: Path) -> TextIO | None:
+    """Keeps other processes from going on with a run, until what is returned is closed.
+
+    The system closes it with the process, however that ends. None where there are no locks, as on
+    Windows and some network file systems.
+
+    Raises:
+        ValueError: If another process has the run.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = (folder / ".lock").open("a", encoding="utf-8")
+    try:  # unlike that of flock it is not held by workers of a process that is gone
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"--ckpt_path last: another process is training the run in {folder}: wait until it "
+            "ends, or end it; a run beside it takes another trainer.default_root_dir"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def begin_run(folder: Path, values: Mapping[str, Any], *, is_own: bool = False) -> bool:

@@ -110,6 +110,11 @@ class LWFTrainer(L.Trainer):
         if kwargs.get("barebones"):  # nothing is added; Lightning refuses what is asked for
             logger = False if logger is None or logger is True else logger
             enable_progress_bar = bool(enable_progress_bar)
+        if "://" in str(default_root_dir):
+            raise ValueError(
+                f"trainer.default_root_dir: {default_root_dir} is no local folder: give one, and "
+                "copy it there; runs are locked and written in place"
+            )
         default_root_dir = Path(default_root_dir).expanduser()
         board = BoardLogger(default_root_dir)
         self.run_folder = Path(board.log_dir)
@@ -152,6 +157,11 @@ class LWFTrainer(L.Trainer):
             evaluation._print_results = print_results  # type: ignore[method-assign]
         self._checkpoint_connector: CheckpointConnector = CheckpointConnector(self)
         self._signal_connector: SignalConnector = SignalConnector(self)
+
+    def _teardown(self) -> None:
+        """Ends what a fit, an evaluation or their failure leaves; Lightning calls it after each."""
+        super()._teardown()
+        self._checkpoint_connector.let_go()
 
     @property
     def log_dir(self) -> str | None:

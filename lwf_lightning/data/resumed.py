@@ -18,6 +18,24 @@ def texts_digest(texts: Sequence[EncodedText]) -> str:
     return digest.hexdigest()
 
 
+def warn_of_batches(state: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Warns of steps that take another number of texts than those of the checkpoint.
+
+    Args:
+        state: The datamodule's state; one of before it kept ``batch_sizes`` is not checked.
+        sizes: Argument -> texts of a step over all processes.
+    """
+    for name, before in state.get("batch_sizes", {}).items():
+        if sizes[name] != before:
+            warnings.warn(
+                f"the checkpoint's steps have {before} texts over all processes "
+                f"(data.init_args.{name} times their number), now they have {sizes[name]}: the run "
+                f"goes on as another, and its place in the texts is not the same. Set {name} so "
+                "that the product is that again",
+                stacklevel=3,
+            )
+
+
 def check_learning(state: Mapping[str, Any], seed: int, texts: str | None) -> None:
     """Compares what a fit learns with the datamodule's state in its checkpoint.
 

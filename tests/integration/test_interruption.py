@@ -186,7 +186,7 @@ def test_a_job_that_slurm_requeues_goes_on_by_itself(whole: Whole) -> None:
     assert status == -signal.SIGKILL, (folder / "log").read_text()
     assert (folder / "requeued").read_text() == "requeue 7\n"
     assert (folder / "runs" / "hpc_ckpt_1.ckpt").exists()
-    status, _ = whole.runner.run(folder, FIT, env=env)
+    status, _ = whole.runner.run(folder, FIT, env=env | {"SLURM_RESTART_COUNT": "1"})
     assert status == 0, (folder / "log").read_text()
     assert "The run in runs/version_0 goes on from hpc_ckpt_1.ckpt" in (folder / "log").read_text()
     whole.check(folder)

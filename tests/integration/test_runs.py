@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +18,9 @@ import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
 
-from lwf_lightning import LWFDataModule, LWFModule
-from lwf_lightning.callbacks import StepCheckpoint
-from lwf_lightning.resumption import CheckpointConnector
+from lwf_lightning import LWFDataModule, LWFModule, LWFTrainer
+from lwf_lightning.callbacks import StepCheckpoint, ValidateFirst
+from lwf_lightning.resumption import CheckpointConnector, step_checkpoint
 from lwf_lightning.runs import begin_run, configuration, runs_of
 
 Make = Callable[..., Any]
@@ -227,3 +229,139 @@ def test_a_file_in_the_place_of_a_run_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "version_0").touch()
     with pytest.raises(ValueError, match="version_0 is in the way of a run's folder: remove it"):
         begin_run(tmp_path / "version_0", {})
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from lwf_lightning.runs import claim
+held = claim(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_trains_is_left_alone(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    first = make_trainer(max_steps=2)
+    first.fit(make_module(schedule="never"), make_data())
+    run = str(folder(first))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    before = {path: path.read_bytes() for path in folder(first).rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"another process is training the run in {run}"):
+        make_trainer(max_steps=3).fit(make_module(schedule="never"), make_data(), ckpt_path="last")
+    assert before == {path: path.read_bytes() for path in before}
+    other.kill()  # however it ends
+    other.wait()
+    again = make_trainer(max_steps=3)
+    again.fit(make_module(schedule="never"), make_data(), ckpt_path="last")
+    assert (folder(again), again.global_step) == (folder(first), 3)
+    assert again._checkpoint_connector._claim is None  # the next process may go on
+
+
+def test_a_fit_that_fails_lets_its_run_go(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    class Fails(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            raise RuntimeError("by a callback")
+
+    trainer = make_trainer(max_steps=2, callbacks=[Fails()])
+    with pytest.raises(RuntimeError, match="by a callback"):
+        trainer.fit(make_module(schedule="never"), make_data())
+    assert trainer._checkpoint_connector._claim is None
+
+
+def test_evaluations_of_two_trainers_have_a_folder_each(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    for options, name in (({"logger": False}, "predictions.jsonl"), ({"logger": True}, None)):
+        trainers = [make_trainer(**options) for _ in range(2)]
+        for trainer, examples in zip(trainers, (2, 5), strict=True):
+            data = make_data(eval_examples=examples)
+            if name:
+                trainer.predict(make_module(schedule="never"), data)
+            else:
+                trainer.validate(make_module(schedule="never"), data, verbose=False)
+        one, two = (trainer.run_folder for trainer in trainers)
+        assert one != two
+        if name:
+            counts = [len((run / name).read_text().splitlines()) for run in (one, two)]
+            assert counts == [2, 5]
+        trainers[0].validate(make_module(schedule="never"), make_data(), verbose=False)
+        assert trainers[0].run_folder == one  # it stays in its own
+
+
+def test_a_fresh_job_takes_nothing_that_others_left(
+    make_module: Make, make_data: Make, make_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning takes the newest file of SLURM's signal in the root, whoever wrote it."""
+    first = make_trainer(max_steps=2)
+    first.fit(make_module(schedule="never"), make_data())
+    first.save_checkpoint(first._checkpoint_connector.hpc_save_path(str(first.default_root_dir)))
+    for name in ("JOB_ID", "NTASKS"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "fit")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    for rate in (1e-3, 2e-3):  # as the first one's, and another
+        fresh = make_trainer(max_steps=1)
+        fresh.fit(make_module(schedule="never", learning_rate=rate), make_data())
+        assert (fresh.global_step, fresh.ckpt_path) == (1, None)
+        assert folder(fresh) != folder(first)
+    fresh.validate(make_module(schedule="never"), make_data(), verbose=False)
+    assert fresh.ckpt_path is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = make_trainer(max_steps=3)
+    again.fit(make_module(schedule="never"), make_data())
+    assert (folder(again), again.global_step) == (folder(first), 3)
+
+
+def test_steps_of_another_number_of_texts_are_warned_of(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(make_module(schedule="never"), make_data(batch_size=4))
+    file = str(folder(trainer) / "checkpoints" / "step-000002.ckpt")
+    with pytest.warns(UserWarning, match=r"steps have 4 texts .*data\.init_args\.batch_size .* 2:"):
+        make_trainer(max_steps=3).fit(
+            make_module(schedule="never"), make_data(batch_size=2), ckpt_path=file
+        )
+
+
+def test_a_folder_that_is_not_local_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"default_root_dir: s3://bucket/runs is no local folder"):
+        LWFTrainer(default_root_dir="s3://bucket/runs")
+
+
+def test_a_first_validation_is_not_done_again(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    """By a run that was interrupted between it and its first step."""
+
+    class Leaves(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            raise SystemExit(step_checkpoint(trainer).save(trainer))
+
+    def options() -> dict[str, Any]:
+        return {"max_steps": 2, "limit_val_batches": 1, "logger": True}
+
+    def table(trainer: Any) -> str:
+        trainer.fit(make_module(schedule="never"), make_data(), ckpt_path="last")
+        return (folder(trainer) / "metrics.csv").read_text()
+
+    with pytest.raises(SystemExit):
+        table(make_trainer(callbacks=[ValidateFirst(), Leaves()], **options()))
+    resumed = make_trainer(callbacks=[ValidateFirst()], **options())
+    found = table(resumed)
+    assert folder(resumed).name == "version_0"
+    other = make_trainer(callbacks=[ValidateFirst()], **options())
+    other.fit(make_module(schedule="never"), make_data())
+    assert (folder(other) / "metrics.csv").read_text() == found
