@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
-from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lwf_lightning import LWFDataModule, LWFModule, LWFTrainer
-from lwf_lightning.cli import SaveFitConfig, main
+from lwf_lightning.cli import LWFCLI, SaveFitConfig, main
 from lwf_lightning.cli_errors import plain_warnings
 
 ROOT = Path(__file__).parents[2]
@@ -113,19 +112,26 @@ def test_a_command_line_of_ones_own_goes_on_in_its_run(
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    for steps in ("2", "4"):
-        cli = LightningCLI(
+
+    def fit(*arguments: str) -> LWFCLI:
+        return LWFCLI(
             LWFModule,
             LWFDataModule,
             trainer_class=LWFTrainer,
             save_config_callback=SaveFitConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=["fit", f"--config={path}", "--ckpt_path=last", f"--trainer.max_steps={steps}"],
+            args=["fit", f"--config={path}", *arguments],
         )
+
+    for steps in ("2", "4"):
+        cli = fit("--ckpt_path=last", f"--trainer.max_steps={steps}")
     assert cli.trainer.global_step == 4
     (run,) = (tmp_path / "runs").iterdir()
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 4
+    file = run / "checkpoints" / "step-000002.ckpt"  # and with arguments of its own from a file
+    cli = fit(f"--ckpt_path={file}", "--model.init_args.learning_rate=0.25")
+    assert cli.model.hparams["learning_rate"] == 0.25
 
 
 @pytest.mark.parametrize("subcommand", ["elicit", "score"])
