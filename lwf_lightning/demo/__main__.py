@@ -17,7 +17,7 @@ from lwf_lightning.demo.report import DemoRun, draw, save_rows, verdict
 from lwf_lightning.demo.world import ASSETS
 from lwf_lightning.forgetting.planted import confidence_by_part
 
-# Learning rate and steps of each are tuned for it, see configs/studies/world_ahead.yaml.
+# Learning rate and steps of each are tuned for it, see configs/studies/world_methods.yaml.
 RUNS = {
     "vanilla": [
         *("--model.init_args.learning_rate", "2.4e-3", "--trainer.max_steps", "60"),
