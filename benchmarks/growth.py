@@ -78,7 +78,7 @@ def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
     points = read_points(POINTS)
     # They are kept from run to run: what measured them is not what draws them now.
     measured = sorted({(point["commit"], point["threads"]) for point in points.values()})
-    yield from _as_results(draw(points.values(), PICTURE), measured=measured)
+    yield from _as_results(draw(points.values(), PICTURE), measured_by=measured)
 
 
 def _as_results(curves: Iterable[Curve], **details: Any) -> Iterator[Result]:

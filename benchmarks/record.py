@@ -187,7 +187,7 @@ def refresh(document: Path, found: Mapping[str, Any]) -> None:
 
 def _measured(run: Mapping[str, Any]) -> set[tuple[str, int]]:
     """Commits and threads that measured its figures; a benchmark may keep earlier points."""
-    kept = (result.get("details", {}).get("measured", ()) for result in run["results"])
+    kept = [result.get("details", {}).get("measured_by", ()) for result in run["results"]]
     return {tuple(pair) for pairs in kept for pair in pairs} or {(run["commit"], run["threads"])}
 
 

@@ -38,7 +38,7 @@ def _check_adapter(model: Any) -> None:
     if getattr(adapter, "is_prompt_learning", False):
         raise TypeError(
             f"{adapter.peft_type} lies outside of the model's layers, and answers would be "
-            "generated without it. Take LoRA"
+            "generated without it. Take LoRA, or ask get_base_model()"
         )
 
 

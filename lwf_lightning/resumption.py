@@ -211,6 +211,7 @@ class CheckpointConnector(_CheckpointConnector):
 
     _own: Path | None = None  # the folder of the run that this trainer has begun, or goes on with
     _claim: TextIO | None = None  # held while it does
+    _ignores_slurm = False
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         """Loads tensors and primitives only, whatever the strategy."""
@@ -256,7 +257,11 @@ class CheckpointConnector(_CheckpointConnector):
             root = trainer.default_root_dir
             # Another trainer's run may have begun there since this one was made, or begin now.
             if not saves and trainer.run_folder != self._own:
-                writes = state_fn == TrainerFn.PREDICTING or any(map(_is_own, trainer.loggers))
+                own = [logger for logger in trainer.loggers if _is_own(logger)]
+                writes = bool(own) or state_fn == TrainerFn.PREDICTING
+                writes = writes and not (trainer.fast_dev_run or trainer.barebones)
+                # What a user has logged already lies there.
+                writes = writes and not any(logger._experiment is not None for logger in own)
                 while is_run(trainer.run_folder) or (writes and not is_new(trainer.run_folder)):
                     self._write_to(Path(BoardLogger(root).log_dir), {})
                 self._own = trainer.run_folder if writes else None
@@ -273,8 +278,18 @@ class CheckpointConnector(_CheckpointConnector):
 
     def _hold(self, run: Path) -> None:
         """Has this process be the only one that goes on with a run, until :meth:`let_go`."""
-        if self.trainer.is_global_zero and self._claim is None:
-            self._claim = claim(run)
+        if not self.trainer.is_global_zero:
+            return
+        launcher: Any = self.trainer.strategy.launcher
+        try:
+            claimed = claim(run)
+        except ValueError:
+            if hasattr(launcher, "kill"):  # the others would wait for this one
+                launcher.kill(signal.SIGTERM)
+            raise
+        if claimed is not None:
+            self.let_go()  # of a run that a failure has left
+            self._claim = claimed
 
     def let_go(self) -> None:
         """Lets other processes go on with the run."""
@@ -291,17 +306,28 @@ class CheckpointConnector(_CheckpointConnector):
     ) -> Any:
         if ckpt_path == "last":
             return self._last(state_fn)
-        saver: Any = self.trainer.checkpoint_callback
+        trainer: Any = self.trainer
+        saver = trainer.checkpoint_callback
         if ckpt_path == "best" and not getattr(saver, "best_model_path", ""):
             raise ValueError(
                 "--ckpt_path best: no ModelCheckpoint of this trainer has chosen one; give a file, "
                 "or last"
             )
-        if ckpt_path is None and state_fn == TrainerFn.FITTING and _is_requeued():
+        trains = state_fn == TrainerFn.FITTING and trainer.trains  # it may but elicit or score
+        if ckpt_path is None and trains and _is_requeued():
             ckpt_path = self._last(state_fn)
+        # Lightning would take what any run has left, at a signal of SLURM's or an exception.
         if ckpt_path is None and model_provided:
-            return None  # Lightning would take what any run has left in the root folder
-        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+            return None
+        self._ignores_slurm = True
+        try:
+            return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+        finally:
+            self._ignores_slurm = False
+
+    @property
+    def _hpc_resume_path(self) -> str | None:
+        return None if self._ignores_slurm else super()._hpc_resume_path
 
     def _last(self, state_fn: TrainerFn) -> Path | None:
         trainer: Any = self.trainer

@@ -84,19 +84,29 @@ def folder_of(trainer: L.Trainer) -> Path | None:
 
 
 def is_new(folder: Path) -> bool:
-    """Makes a folder; whether it was not there before."""
+    """Makes a folder; whether it was not there before.
+
+    Raises:
+        ValueError: If there is a file in its place.
+    """
     try:
         folder.mkdir(parents=True)
-    except FileExistsError:
+    except FileExistsError as error:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder, where a run would be: remove it") from error
         return False
     return True
+
+
+_HELD: dict[Path, TextIO] = {}
+"""Claims of this process: closing a second file would give the first one's lock away."""
 
 
 def claim(folder: Path) -> TextIO | None:
     """Keeps other processes from going on with a run, until what is returned is closed.
 
     The system closes it with the process, however that ends. None where there are no locks, as on
-    Windows and some network file systems.
+    Windows and some network file systems, and where this process has the run already.
 
     Raises:
         ValueError: If another process has the run.
@@ -104,6 +114,8 @@ def claim(folder: Path) -> TextIO | None:
     try:
         import fcntl
     except ImportError:
+        return None
+    if (held := _HELD.get(folder)) is not None and not held.closed:
         return None
     file = (folder / ".lock").open("a", encoding="utf-8")
     try:  # unlike that of flock it is not held by workers of a process that is gone
@@ -117,6 +129,7 @@ def claim(folder: Path) -> TextIO | None:
     except OSError:
         file.close()
         return None
+    _HELD[folder] = file
     return file
 
 

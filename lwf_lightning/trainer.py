@@ -160,8 +160,10 @@ class LWFTrainer(L.Trainer):
 
     def _teardown(self) -> None:
         """Ends what a fit, an evaluation or their failure leaves; Lightning calls it after each."""
-        super()._teardown()
-        self._checkpoint_connector.let_go()
+        try:
+            super()._teardown()
+        finally:
+            self._checkpoint_connector.let_go()
 
     @property
     def log_dir(self) -> str | None:

@@ -164,7 +164,7 @@ def elicit(
     without: Any = nullcontext if base is model or adapts else model.disable_adapter
     with without():
         share = generate_answers(
-            model,
+            model if adapts else base,
             tokenizer,
             ranks.share(prompt_ids),
             max_new_tokens=max_new_tokens,
@@ -213,8 +213,9 @@ def _adapts(model: Any) -> bool:
     that is not known, so they are taken as they are.
     """
     base = unwrapped(model)
-    if any(one.peft_type != "LORA" for one in getattr(model, "peft_config", {}).values()):
-        return True
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(one.peft_type != "LORA" and not one.is_prompt_learning for one in adapters):
+        return True  # of what lies before a text, outside of the layers, nothing is left in base
     starts_at_zero = (".lora_B.", ".lora_embedding_A.")
     return any(
         bool(whole(parameter.detach()).any())

@@ -253,7 +253,8 @@ def _wide_range(values: Sequence[float]) -> tuple[list[float], float]:
     scale = 5 * median(abs(value) for value in values) or 1.0
     low, high = math.asinh(min(values) / scale), math.asinh(max(values) / scale)
     inner = [scale * math.sinh(low + (high - low) * n / 30) for n in range(1, 30)]
-    return [min(values), *inner, max(values)], scale  # rounding would leave the outermost out
+    # As they are, since rounding would leave the outermost out; of values alike none lies inside.
+    return sorted([min(values), *inner, max(values)]), scale
 
 
 def _decades(values: Sequence[float], scale: float) -> list[float]:

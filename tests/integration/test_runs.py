@@ -21,7 +21,7 @@ from torch import distributed
 from lwf_lightning import LWFDataModule, LWFModule, LWFTrainer
 from lwf_lightning.callbacks import StepCheckpoint, ValidateFirst
 from lwf_lightning.resumption import CheckpointConnector, step_checkpoint
-from lwf_lightning.runs import begin_run, configuration, runs_of
+from lwf_lightning.runs import begin_run, claim, configuration, runs_of
 
 Make = Callable[..., Any]
 
@@ -365,3 +365,42 @@ def test_a_first_validation_is_not_done_again(
     other = make_trainer(callbacks=[ValidateFirst()], **options())
     other.fit(make_module(schedule="never"), make_data())
     assert (folder(other) / "metrics.csv").read_text() == found
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link that leads nowhere"])
+def test_what_is_in_the_way_of_a_folder_is_named(
+    kind: str, make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    trainer = make_trainer(logger=True)
+    trainer.run_folder.parent.mkdir(exist_ok=True)
+    if kind == "a file":
+        trainer.run_folder.write_text("")
+    else:
+        trainer.run_folder.symlink_to("gone")
+    with pytest.raises(ValueError, match=r"version_0 is no folder, where a run would be"):
+        trainer.validate(make_module(schedule="never"), make_data(), verbose=False)
+
+
+def test_what_a_user_has_logged_and_what_follows_lie_in_one_folder(
+    make_module: Make, make_data: Make, make_trainer: Make
+) -> None:
+    trainer = make_trainer(logger=True, max_steps=1)
+    trainer.logger.log_hyperparams({"mine": 1})
+    trainer.validate(make_module(schedule="never"), make_data(), verbose=False)
+    trainer.fit(make_module(schedule="never"), make_data())
+    assert [path.name for path in trainer.run_folder.parent.iterdir()] == ["version_0"]
+
+
+def test_a_second_trainer_of_a_process_leaves_the_first_its_claim(tmp_path: Path) -> None:
+    first = claim(tmp_path)
+    assert first is not None
+    assert claim(tmp_path) is None
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert "another process is training the run" in other.communicate()[1]
+    first.close()
+    again = claim(tmp_path)
+    assert again is not None
+    again.close()

@@ -160,11 +160,15 @@ def test_what_is_skipped_whole_is_not_done(with_benchmarks, tmp_path):
 
 
 def test_figures_name_the_commits_that_measured_them(tmp_path):
-    points = {"details": {"measured": [["old", 1], ["older", 1]]}, "figure": 1.0}
+    points = {"details": {"measured_by": [["old", 1], ["older", 1]]}, "figure": 1.0}
     kept = {"commit": "new", "threads": 2, "results": [points]}
     other = {"commit": "new", "threads": 2, "results": [{"figure": 1.0}]}
     assert record._measured(kept) == {("old", 1), ("older", 1)}
     assert record._measured(other) == {("new", 2)}
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(record.MARKS))
+    record.refresh(page, record.load(record.RESULTS))  # those that are there
+    assert "5d79c2f44f3b with 1 threads" in page.read_text()
 
 
 def test_what_lwf_costs_is_what_it_adds():

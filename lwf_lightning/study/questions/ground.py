@@ -69,6 +69,8 @@ class Ground:
         settings = {"max_steps": -1, "max_epochs": None, **self.config["trainer"]}
         if settings["max_epochs"] is None and settings["max_steps"] > 0:
             return int(settings["max_steps"])
+        if not self.data.learning_encoded:
+            self.prepare()
         texts = len(self.data.learning_encoded)
         batches = batches_per_pass(texts, self.data.batch_size)
         return steps_of(settings, batches_of_epoch(settings, batches))

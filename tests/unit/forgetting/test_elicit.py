@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -275,6 +275,12 @@ def test_an_adapter_of_another_kind_takes_part(model: Any, tokenizer: Any) -> No
     found = ask(wrapped, tokenizer)
     assert found == ask(copy.deepcopy(wrapped).merge_and_unload(), tokenizer)
     assert found != plain
+
+
+def test_a_prefix_outside_of_the_layers_is_left_out(model: Any, tokenizer: Any) -> None:
+    plain = ask(model, tokenizer)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert ask(get_peft_model(model, config), tokenizer) == plain
 
 
 def test_another_strength_or_another_adapter_is_asked_anew(

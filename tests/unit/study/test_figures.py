@@ -14,7 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lwf_lightning.study.config import Method, Study
-from lwf_lightning.study.figures import confidences, costs, gains, learning_curves
+from lwf_lightning.study.figures import (
+    _wide_range,
+    confidences,
+    costs,
+    gains,
+    learning_curves,
+)
 from lwf_lightning.study.map import gain_map
 from lwf_lightning.study.summary import Line, summarize
 
@@ -188,3 +194,10 @@ def test_methods_that_score_alike_share_a_histogram(study: Study) -> None:
     titles = [axes.get_title() for axes in figure.axes if axes.patches]
     assert titles == ["lwf and 2 more, seed 0", "other, seed 0"]
     assert confidences(study, [record(study, "vanilla", 0)]) is None
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-16])
+def test_a_histogram_of_values_alike_can_be_drawn(apart: float, study: Study) -> None:
+    for draw, value in enumerate(np.random.default_rng(0).lognormal(sigma=3, size=200)):
+        edges, _ = _wide_range([float(value), float(value * (1 + apart))])
+        assert edges == sorted(edges), draw

@@ -183,6 +183,13 @@ def test_a_length_in_epochs_is_one_in_steps(trainer: dict[str, int], steps: int)
     assert ground.steps() == steps
 
 
+def test_texts_are_set_up_for_a_length_in_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = SimpleNamespace(learning_encoded=[], batch_size=5)
+    ground = Ground({"trainer": {"max_epochs": 3}}, None, data, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(Ground, "prepare", lambda _: data.learning_encoded.extend([0] * 23))
+    assert ground.steps() == 12
+
+
 def test_an_online_anchor_is_refused() -> None:
     ground = Ground({}, None, None, FisherCallback("online", 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"anchor: this question scores by a probe, got 'online'"):
