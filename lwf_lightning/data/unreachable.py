@@ -30,8 +30,10 @@ def warn_of_unreachable(
         chat_template: Whether answers are given in the tokenizer's chat template.
     """
     ids = [answer_ids(tokenizer, example, chat_template) for example in examples]
-    # As a generated answer is read: a tokenizer need not give back what it was given.
-    said = [str(tokenizer.decode(own, skip_special_tokens=True)) for own in ids]
+    said = [example.answer for example in examples]
+    if tokenizer.eos_token is not None:  # else it is a stand-in for a tokenizer
+        # As a generated answer is read: a tokenizer need not give back what it was given.
+        said = [str(tokenizer.decode(own, skip_special_tokens=True)) for own in ids]
     unread = [
         e
         for e, text in zip(examples, said, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lwf_lightning import FisherCallback
+from lwf_lightning import FisherCallback, LWFModule
 from lwf_lightning.callbacks import ValidateFirst
 from lwf_lightning.study import command
 from lwf_lightning.study.architectures import known_config
@@ -264,3 +264,12 @@ def test_what_baselines_ask_of_the_base_model_is_counted(make_module, make_data)
     npo = expected(make_module(objective="npo"), make_data(), settings(), model).work
     assert npo.trained == lwf.work.trained
     assert npo.read > lwf.work.read
+
+
+def test_a_model_that_is_not_here_is_reckoned_by_its_shape(make_data, data_folder) -> None:
+    """With four characters for a token, which nothing can be read back from."""
+    module = LWFModule("meta-llama/Llama-3.2-1B", schedule="never", learning_rate=1e-5)
+    data = make_data(evaluation="generate", data_dir=str(data_folder))
+    found = expected(module, data, settings(), model_of(module))
+    assert found.parameters == 1_235_814_400
+    assert found.work.decoded > 0
