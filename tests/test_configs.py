@@ -78,7 +78,8 @@ def test_the_paper_s_matrix_is_accepted_and_estimated(
     study_command(["--config", str(file), "--check", "--data_dir", str(tmp_path)])
     told = capsys.readouterr().out
     assert f"\n{len(written['methods']) * len(cells)} runs, every configuration accepted" in told
-    assert f"\n| {written['methods']['lwf']['label']} | gsm8k | 1 | 2 | " in told
+    # An epoch of 40 rows is one batch of 32: the loader drops the rest.
+    assert f"\n| {written['methods']['lwf']['label']} | gsm8k | 1 | 1 | " in told
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *STUDIES], ids=lambda path: path.stem)

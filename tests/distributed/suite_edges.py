@@ -158,6 +158,7 @@ def test_one_run_folder_is_written_and_it_is_whole(make_run: Make, shared_folder
     events = {name for name in files if name.startswith("events.")}
     assert len({name.split(".")[-2] for name in events}) == 1  # written by one process
     assert files - events == {
+        ".lock",
         "checkpoints/step-000002.ckpt",
         "fisher/step-000000.safetensors",
         "hparams.yaml",

@@ -24,6 +24,7 @@ def test_state_is_primitives_and_continues(make_data, tmp_path, make_knowledge):
         "self_texts": texts,
         "learning_texts": learning,
         "seed": 0,
+        "batch_sizes": {"batch_size": first.batch_size, "forget_batch_size": 8},
     }
 
     second = make_data()
