@@ -9,13 +9,13 @@ checkpointing, on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.record import markdown_rows
 from lwf_lightning.decoding import room_for
 from lwf_lightning.estimate import size_of
 from lwf_lightning.memory import Phase, highest, phases
@@ -76,7 +76,7 @@ def large_models() -> list[str]:
                 tops = [_highest(size, replace(plan, ranks=ranks), kind) for plan, kind in plans]
                 told = [f"{top.total / 1e9:,.1f} GB ({top.name})" for top in tops]
                 rows.append([name, trains, str(ranks), *told])
-    return _markdown([head, ["---"] * len(head), *rows])
+    return markdown_rows([head, ["---"] * len(head), *rows])
 
 
 def by_ranks() -> list[str]:
@@ -93,7 +93,7 @@ def by_ranks() -> list[str]:
             tops = [_highest(found[trains], one, kind) for one in every]
             label = f"{name.split('-')[-1]}, {trains}, `{kind}`"
             rows.append([label, *(f"{top.total / 1e9:,.0f}" for top in tops)])
-    return _markdown([head, ["---", *["---:"] * (len(head) - 1)], *rows])
+    return markdown_rows([head, ["---", *["---:"] * (len(head) - 1)], *rows])
 
 
 def main() -> None:
@@ -103,10 +103,6 @@ def main() -> None:
 
 def _highest(size: ModelSize, plan: Plan, precision: str) -> Phase:
     return highest(phases(size, replace(plan, precision=PRECISIONS[precision])))
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 if __name__ == "__main__":

@@ -193,5 +193,9 @@ def _measured(run: Mapping[str, Any]) -> set[tuple[str, int]]:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The table in Markdown."""
-    head = [COLUMNS, ["---"] * len(COLUMNS)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [*head, *rows])
+    return "\n".join(markdown_rows([COLUMNS, ["---"] * len(COLUMNS), *rows]))
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, from its heading and its rule on."""
+    return ["| " + " | ".join(row) + " |" for row in rows]

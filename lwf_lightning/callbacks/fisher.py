@@ -298,13 +298,7 @@ class FisherCallback(L.Callback):
                     self.scores = self.scores.reordered(places)
                 if self.save_tensors:
                     self.tensors_file = write_tensors(trainer, fisher, anchor)
-        self.forget_set = select_forget_set(
-            self.scores.confidence,
-            strategy=self.strategy,
-            forgetting_rate=self.forgetting_rate,
-            threshold=self.threshold,
-            seed=self.seed,
-        ).tolist()
+        self.forget_set = self.choose(self.scores.confidence)
         if not self.forget_set:
             rank_zero_warn(
                 "nothing is forgotten: no text's confidence reaches FisherCallback's threshold "
@@ -314,6 +308,17 @@ class FisherCallback(L.Callback):
         if isinstance(pl_module, LWFModule):
             pl_module.choose_forget_set(self.forget_set)
         log_refresh(trainer, self.scores, self.forget_set)
+
+    def choose(self, confidence: Tensor) -> list[int]:
+        """Which texts this callback forgets at such scores, highest confidence first."""
+        chosen = select_forget_set(
+            confidence,
+            strategy=self.strategy,
+            forgetting_rate=self.forgetting_rate,
+            threshold=self.threshold,
+            seed=self.seed,
+        )
+        return [int(index) for index in chosen]
 
     def load_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Reads Fisher and anchor of the last refresh back from disk.

@@ -159,10 +159,13 @@ def table(study: Study, checked: Iterable[Checked], flops: float) -> list[str]:
     for (method, task), own in rows.items():
         hours = [one.expected.work.hours(one.expected.parameters, flops) for one in own]
         top = max((one.expected for one in own), key=lambda found: found.memory)
-        steps = sorted({one.expected.steps for one in own})
-        told = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        row = [study.label(method), task, str(len(own)), told]
-        row += [_span(hours), _time(sum(hours)), f"{size(top.memory)} ({top.phase})"]
+        steps = [one.expected.steps for one in own]
+        row = [study.label(method), task, str(len(own)), _span(str(min(steps)), str(max(steps)))]
+        row += [
+            _span(_time(min(hours)), _time(max(hours))),
+            _time(sum(hours)),
+            f"{size(top.memory)} ({top.phase})",
+        ]
         cells.append(row)
     return markdown_table(HEADINGS, cells)
 
@@ -187,8 +190,7 @@ def summary(checked: Sequence[Checked], flops: float) -> list[str]:
     ]
 
 
-def _span(hours: Sequence[float]) -> str:
-    low, high = _time(min(hours)), _time(max(hours))
+def _span(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 

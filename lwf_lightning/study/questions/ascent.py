@@ -23,7 +23,6 @@ from lwf_lightning.errors import NonFiniteLossError
 from lwf_lightning.files import json_lines, whole_file
 from lwf_lightning.forgetting.confidence import forgetting_confidence
 from lwf_lightning.forgetting.fisher import diagonal_fisher
-from lwf_lightning.forgetting.select import select_forget_set
 from lwf_lightning.forgetting.weights import exchanged_weights
 from lwf_lightning.ranks import Ranks
 from lwf_lightning.study.figures import BLUE, RED
@@ -149,13 +148,7 @@ def _watch(ground: Ground, seed: int, file: Path) -> None:
         reduction=callback.reduction,
         progress=True,
     )
-    chosen = select_forget_set(
-        scores.confidence,
-        strategy=callback.strategy,
-        forgetting_rate=callback.forgetting_rate,
-        threshold=callback.threshold,
-        seed=callback.seed,
-    ).tolist()
+    chosen = callback.choose(scores.confidence)
     rest = sorted(set(range(len(texts))) - set(chosen))
     unseen = _unseen(ground, seed)
     neutral = neutral_texts(ground)
