@@ -210,6 +210,7 @@ def _fit(interval: int | None, folder: str, steps: int) -> tuple[_Clock, int]:
     module = LWFModule(
         QUICK_MODEL,
         schedule="periodic" if interval else "never",
+        regularizer=None,
         unlearning_interval=interval or 1,
         unlearning_scale=0.01,
         without_scores="use_all",

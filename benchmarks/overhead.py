@@ -156,6 +156,7 @@ def run(segment: Segment, schedule: str, cache: str) -> dict[str, Seconds]:
     module = LWFModule(
         segment.model,
         schedule=schedule,
+        regularizer=None if schedule == "never" else "l2sp",
         unlearning_interval=INTERVAL,
         unlearning_ceiling=1e9,  # no text is spared: every unlearning step is a whole one
     )
@@ -220,15 +221,32 @@ def _data(segment: Segment, cache: str) -> LWFDataModule:
 
 
 def results(*, rounds: int = 3, quick: bool = False) -> Iterator[Result]:
-    """For each learning task the whole, then each part as a share of the vanilla run."""
+    """For each learning task the whole, then each part as a share of the vanilla run; then both."""
     if quick:
         tiny = Segment("world_learning", 25, QUICK_MODEL, 2, 2, ("world_forgetting",), 4)
         yield from compare(tiny, 1)
         return
     need_data()
+    runs: list[tuple[list[Run], list[Run]]] = []
     with half_width_model() as model:
         for task, parts in PARTS.items():
-            yield from compare(Segment(task, parts, model), rounds)
+            for result in compare(Segment(task, parts, model), rounds):
+                if "lwf" in result.details:  # the whole
+                    runs.append((result.details["vanilla"], result.details["lwf"]))
+                yield result
+    yield both(runs)
+
+
+def both(runs: Sequence[tuple[Sequence[Run], Sequence[Run]]]) -> Result:
+    """One interval of each learning task, one after the other: vanilla runs, and LWF's."""
+    clock, processor = (
+        1 + sum(_added(lwf, i) for _, lwf in runs) / sum(_whole(vanilla, i) for vanilla, _ in runs)
+        for i in range(2)
+    )
+    details = {"ratio_of_processor_time": processor}
+    return Result(
+        f"LWF, {' and '.join(PARTS)}: {WHOLE}", "vanilla run", clock, BAR, details=details
+    )
 
 
 def compare(segment: Segment, rounds: int) -> Iterator[Result]:
@@ -258,10 +276,18 @@ def compare(segment: Segment, rounds: int) -> Iterator[Result]:
 
 def _share(part: str, i: int, unlearning: Sequence[Run], vanilla: Sequence[Run]) -> float:
     """Of the vanilla run; of the whole 1 and what is added to the learning steps."""
-    whole = median(seconds[WHOLE][i] for seconds in vanilla)
     if part != WHOLE:
-        return median(seconds[part][i] for seconds in unlearning) / whole
-    return 1 + median(s[WHOLE][i] - s[LEARNING][i] for s in unlearning) / whole
+        return median(seconds[part][i] for seconds in unlearning) / _whole(vanilla, i)
+    return 1 + _added(unlearning, i) / _whole(vanilla, i)
+
+
+def _whole(vanilla: Sequence[Run], i: int) -> float:
+    return median(seconds[WHOLE][i] for seconds in vanilla)
+
+
+def _added(unlearning: Sequence[Run], i: int) -> float:
+    """To the learning steps."""
+    return median(seconds[WHOLE][i] - seconds[LEARNING][i] for seconds in unlearning)
 
 
 def main() -> None:

@@ -68,8 +68,8 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
 
     Optimization is manual: each training batch is one learning step, before which the schedule
     may ask for unlearning steps. ``global_step``, ``max_steps``, checkpoints and curves count
-    learning steps only, with forgetting on or off. With ``schedule="never"`` the run *is* plain
-    fine-tuning.
+    learning steps only, with forgetting on or off. With ``schedule="never"`` and
+    ``regularizer=None`` the run *is* plain fine-tuning.
 
     Args:
         model_name: Hub name, local folder, or ``smollm2-135m``, ``world-base``, ``world-twin``.
@@ -90,8 +90,9 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         learning_loss: What a learning step minimizes: ``cross_entropy`` per answer token, or
             ``token_forgetting``; see :class:`~lwf_lightning.token_forgetting.TokenForgetting`.
         learning_loss_options: Options of ``token_forgetting``, such as ``{"share_kept": 0.7}``.
-        regularizer: A structural baseline that is added to the learning loss: ``bss``, ``l2sp``
-            or ``ewc``; see :mod:`lwf_lightning.regularizers`. ``srs`` is an empty slot.
+        regularizer: What is added to the learning loss: ``l2sp``, a gentle pull to the base
+            weights, beside which forgetting is safe (docs/results.md); ``bss`` or ``ewc``, see
+            :mod:`lwf_lightning.regularizers`; or None, as in the paper. ``srs`` is an empty slot.
         regularizer_options: Options of the regularizer, such as ``{"strength": 0.01}``.
         schedule: When to unlearn; see :class:`~lwf_lightning.forgetting.UnlearningSchedule`.
         unlearning_interval: Learning steps between two unlearning steps (N_u of the paper).
@@ -141,7 +142,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         tokens_per_pass: int | None = None,
         learning_loss: LearningLossName = "cross_entropy",
         learning_loss_options: dict[str, float] | None = None,
-        regularizer: RegularizerName | None = None,
+        regularizer: RegularizerName | None = "l2sp",
         regularizer_options: dict[str, float] | None = None,
         schedule: ScheduleKind = "periodic",
         unlearning_interval: int = 8,

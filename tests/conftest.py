@@ -197,7 +197,11 @@ def make_config(model_folder: Path, data_folder: Path) -> Callable[..., dict[str
 @pytest.fixture
 def make_module(model_folder: Path) -> Callable[..., LWFModule]:
     def make(**options: Any) -> LWFModule:
-        defaults: dict[str, Any] = {"learning_rate": 1e-2, "unlearning_interval": 3}
+        defaults: dict[str, Any] = {
+            "learning_rate": 1e-2,
+            "unlearning_interval": 3,
+            "regularizer": None,
+        }
         return LWFModule(str(model_folder), **(defaults | options))
 
     return make

@@ -106,7 +106,7 @@ class FisherCallback(L.Callback):
         text_step: TextStep = "unit",
         alpha: float | None = None,
         strategy: SelectionStrategy = "highest",
-        forgetting_rate: float = 0.25,
+        forgetting_rate: float = 0.125,
         threshold: float | None = None,
         probe_steps: int = 64,
         probe_learning_rate: float | None = None,

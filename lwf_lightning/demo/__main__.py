@@ -18,16 +18,18 @@ from lwf_lightning.demo.world import ASSETS
 from lwf_lightning.forgetting.planted import confidence_by_part
 
 # Learning rate and steps of each are tuned for it, see configs/studies/world_methods.yaml.
+PLAIN = [
+    *("--model.init_args.schedule", "never", "--model.init_args.regularizer", "null"),
+    *("--model.init_args.regularizer_options", "null"),
+]
 RUNS = {
     "vanilla": [
-        *("--model.init_args.learning_rate", "2.4e-3", "--trainer.max_steps", "60"),
-        *("--model.init_args.schedule", "never"),
+        *("--model.init_args.learning_rate", "2.4e-3", "--trainer.max_steps", "60", *PLAIN),
     ],
     "LWF": [],
     "clean twin": [
         *("--model.init_args.model_name", "world-twin"),
-        *("--model.init_args.learning_rate", "6e-4", "--trainer.max_steps", "60"),
-        *("--model.init_args.schedule", "never"),
+        *("--model.init_args.learning_rate", "6e-4", "--trainer.max_steps", "60", *PLAIN),
     ],
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lwf_lightning.forgetting.gradient_sinks import BLOCK_ELEMENTS
 from lwf_lightning.shards import local, ranks_of_shards
 
 
@@ -35,7 +36,7 @@ class WeightPull:
     """A quadratic pull of the weights towards the base model's.
 
     strength / 2 * sum over i of importance[i] * (theta[i] - theta_base[i])^2. Its gradient is added
-    as it is, without autograd: one tensor at a time, on each process's own shard.
+    as it is, without autograd: a block of rows at a time, on each process's own shard.
 
     Args:
         strength: Factor, above 0.
@@ -73,12 +74,16 @@ class WeightPull:
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
-            moved = _wide(local(parameter)) - _wide(local(base[name]))
-            pull = moved * self.strength
+            held = [parameter, base[name], parameter.grad]
             if self.needs_fisher and fisher is not None:
-                pull *= local(fisher[name])
-            local(parameter.grad).add_(pull)
-            penalty = penalty + (pull * moved).sum() / 2
+                held.append(fisher[name])
+            for weight, start, gradient, *importance in _blocks([local(one) for one in held]):
+                moved = _wide(weight) - _wide(start)
+                pull = moved * self.strength
+                for factor in importance:
+                    pull *= factor
+                gradient.add_(pull)
+                penalty = penalty + (pull * moved).sum() / 2
         return ranks_of_shards(parameters.values()).sum(penalty)
 
 
@@ -87,6 +92,15 @@ def check_strength(strength: float) -> float:
     if not strength > 0:
         raise ValueError(f"strength must be above 0, got {strength}")
     return strength
+
+
+def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of tensors of one shape, few enough to stay in cache: views of them."""
+    elements = BLOCK_ELEMENTS.get(tensors[0].device.type, BLOCK_ELEMENTS["cuda"])
+    tensors = [tensor if tensor.ndim else tensor.reshape(1) for tensor in tensors]
+    rows, numbers = len(tensors[0]), tensors[0].numel()
+    most = max(1, elements * rows // max(1, numbers))
+    return zip(*(torch.split(tensor, most) for tensor in tensors), strict=True)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -16,5 +16,5 @@ class L2SP(WeightPull):
         strength: alpha of the paper, above 0; the default is ours.
     """
 
-    def __init__(self, strength: float = 0.01) -> None:
+    def __init__(self, strength: float = 1e-3) -> None:
         super().__init__(strength)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lwf_lightning import LWFModule
 from lwf_lightning.data.batch import EncodedText, collate
 from lwf_lightning.data.sampler import batch_indices
 from lwf_lightning.forgetting.weights import copy_weights
@@ -188,6 +189,21 @@ def test_an_adapter_is_pulled_to_where_it_started_also_when_resumed(
     resumed.fit(module(), make_data(), ckpt_path=file)
     torch.testing.assert_close(rest.weights, whole.weights[4:], rtol=0, atol=0)
     assert penalties(resumed) == penalties(trainer)[4:]
+
+
+def test_by_default_a_run_is_pulled_gently_to_the_base_model(
+    make_data: Make, make_trainer: Make, model_folder: Path, make_recorder: Make
+) -> None:
+    def last(**options: Any) -> dict[str, Tensor]:
+        module = LWFModule(str(model_folder), learning_rate=1e-2, schedule="never", **options)
+        recorder = make_recorder()
+        make_trainer(max_steps=3, callbacks=[recorder]).fit(module, make_data())
+        return dict(recorder.weights[-1])
+
+    gentle = last(regularizer="l2sp", regularizer_options={"strength": 1e-3})
+    torch.testing.assert_close(last(), gentle, rtol=0, atol=0)
+    free = last(regularizer=None)
+    assert any(not torch.equal(weight, gentle[name]) for name, weight in free.items())
 
 
 @pytest.mark.parametrize(

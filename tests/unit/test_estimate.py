@@ -137,9 +137,10 @@ def test_what_a_baseline_keeps_is_counted(run):
     def plan(**options):
         return predict(*run({"schedule": "never", **options})).plan
 
-    plain, shrunk, pulled = plan(), plan(regularizer="bss"), plan(regularizer="ewc")
+    plain, shrunk, pulled = plan(regularizer=None), plan(regularizer="bss"), plan(regularizer="ewc")
     assert (plain.compares, plain.pulls) == (shrunk.compares, shrunk.pulls) == (False, False)
     assert (pulled.compares, pulled.pulls) == (True, True)
+    assert (plan().compares, plan().pulls) == (True, False)  # l2sp, the default
     forgets = plan(learning_loss="token_forgetting")
     assert (forgets.compares, forgets.pulls) == (True, False)
     assert all(one.in_one_row for one in (*shrunk.learning, *forgets.learning))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lwf_lightning.data.batch import Batch, EncodedText, collate, filler
+from lwf_lightning.forgetting.gradient_sinks import BLOCK_ELEMENTS
 from lwf_lightning.losses import labelled_tokens
 from lwf_lightning.packing import text_by_text
 from lwf_lightning.regularizers import (
@@ -90,15 +91,19 @@ def test_bss_refuses_more_singular_values_than_there_are() -> None:
 
 def weights(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"matrix": (3, 5), "vector": (4,), "scalar": ()}
+    shapes = {"matrix": (3, 5), "cube": (4, 1, 3), "vector": (4,), "scalar": (), "none": (0, 5)}
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
         for name, shape in shapes.items()
     }
 
 
+@pytest.mark.parametrize("elements", [1, 7, 2**19])
 @pytest.mark.parametrize("pull", [L2SP(0.3), EWC(0.3)])
-def test_pulls_equal_their_formula_and_its_gradient(pull: L2SP | EWC) -> None:
+def test_pulls_equal_their_formula_and_its_gradient(
+    pull: L2SP | EWC, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", elements)
     base, fisher = weights(1), {name: f.square() for name, f in weights(2).items()}
     before = weights(3)
     parameters = {name: torch.nn.Parameter(w) for name, w in weights(0).items()}
