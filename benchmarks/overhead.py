@@ -9,8 +9,9 @@ psychology and dentistry: online anchor, an unlearning step of 8 texts every 8 l
 every 200 of them a refresh over 64 learning texts (Fisher) and 256 texts of self-knowledge
 (scores), which are elicited before the clock starts.
 
-What LWF costs is 1 and what it adds to the learning steps, which are the same in both runs: timed
-by themselves they differ by a tenth, since a refresh has warmed the process up before. The runs
+What LWF costs is 1 and what it adds to the learning steps, the pull to the base weights among it.
+The steps without it are the same in both runs: timed by themselves they differ by a tenth, since a
+refresh has warmed the process up before. The runs
 take turns in being first.
 
 A share of an interval, ``--parts 5``, takes a fifth of its steps and texts. What each step or text
@@ -46,7 +47,8 @@ WARM_UP = 1  # learning steps before the clock starts, with a refresh and an unl
 BAR = 1.3
 PARTS = {"qasc": 5, "gsm8k": 25}  # of an interval, one is measured: a minute or two a round
 LEARNING, UNLEARNING, FISHER, SCORES = "learning steps", "unlearning steps", "Fisher", "scores"
-SAVING, REST, ELSE, WHOLE = "saving", "rest of the refresh", "everything else", "whole"
+PULL, SAVING, REST = "pull to the base weights", "saving", "rest of the refresh"
+ELSE, WHOLE = "everything else", "whole"
 Seconds: TypeAlias = list[float]
 """By the clock, and of processor time."""
 Run: TypeAlias = dict[str, Seconds]
@@ -93,7 +95,7 @@ class Segment:
         """How often an interval takes what the segment takes once."""
         per_step = float(self.parts)
         return {
-            **{LEARNING: per_step, UNLEARNING: per_step, ELSE: per_step},
+            **dict.fromkeys((LEARNING, PULL, UNLEARNING, ELSE), per_step),
             **{FISHER: FISHER_TEXTS / self.fisher_texts, SCORES: TEXTS / self.texts},
             **{SAVING: 1.0, REST: 1.0},
         }
@@ -168,8 +170,10 @@ def run(segment: Segment, schedule: str, cache: str) -> dict[str, Seconds]:
         forgetting_rate=max(0.25, FORGET_BATCH / segment.texts),  # enough for a whole batch
     )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        pulls = [(module.regularizer, "add_gradient", PULL)] if module.regularizer else []
         for owner, name, part in (
-            (module, "_learn", LEARNING),
+            *pulls,
+            (module, "_learn", LEARNING),  # the pull as well, until it is taken off
             (module, "_unlearn", UNLEARNING),
             (refresh, "diagonal_fisher", FISHER),
             (refresh, "forgetting_confidence", SCORES),
@@ -194,6 +198,8 @@ def run(segment: Segment, schedule: str, cache: str) -> dict[str, Seconds]:
     found = parts.seconds
     if REST in found:
         found[REST] = _less(found[REST], [found[part] for part in (FISHER, SCORES, SAVING)])
+    if PULL in found:
+        found[LEARNING] = _less(found[LEARNING], [found[PULL]])
     found[ELSE] = _less(whole, list(found.values()))
     reckoned = {
         part: [segment.counted[part] * second for second in seconds]

@@ -107,7 +107,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
     if values["regularizer_options"] and values["regularizer"] is None:
         raise ValueError(
             "model.init_args.regularizer_options are for a regularizer: set "
-            "model.init_args.regularizer"
+            "model.init_args.regularizer, or model.init_args.regularizer_options to null, too"
         )
     for name, value in (("regularizer", "bss"), ("learning_loss", "token_forgetting")):
         if values[name] == value and values["tokens_per_pass"] is not None:

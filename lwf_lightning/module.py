@@ -91,7 +91,7 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
             ``token_forgetting``; see :class:`~lwf_lightning.token_forgetting.TokenForgetting`.
         learning_loss_options: Options of ``token_forgetting``, such as ``{"share_kept": 0.7}``.
         regularizer: What is added to the learning loss: ``l2sp``, a gentle pull to the base
-            weights, beside which forgetting is safe (docs/results.md); ``bss`` or ``ewc``, see
+            weights (ours, docs/results.md); ``bss`` or ``ewc``, see
             :mod:`lwf_lightning.regularizers`; or None, as in the paper. ``srs`` is an empty slot.
         regularizer_options: Options of the regularizer, such as ``{"strength": 0.01}``.
         schedule: When to unlearn; see :class:`~lwf_lightning.forgetting.UnlearningSchedule`.
@@ -291,7 +291,10 @@ class LWFModule(LearningMixin, UnlearningMixin, EvaluationMixin, L.LightningModu
         if self.trainer.ckpt_path is None:  # the module may have been trained or loaded by now
             self.base_weights = copy_weights(self.model)
         if self.base_weights is None:
-            raise ValueError("the base weights are missing: let configure_model load the model")
+            raise ValueError(
+                "the base weights are missing: let configure_model load the model, or look back at "
+                "none with schedule never and regularizer null"
+            )
         self._place_base_weights()
         ranks_of(self.trainer).copy_first(self.base_weights.values())
         if not self.needs_self_knowledge:

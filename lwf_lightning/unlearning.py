@@ -85,7 +85,7 @@ class UnlearningMixin(StepStateMixin):
         by = "a checkpoint" if self.trainer.ckpt_path else "an earlier fit of this trainer"
         done = f", {start} of which {by} has brought along" if start else ""
         rank_zero_warn(
-            "no step of this run unlearns, it is plain fine-tuning: model.init_args.schedule is "
+            "no step of this run unlearns, it learns only: model.init_args.schedule is "
             f"{schedule.kind} with unlearning_interval {schedule.interval}, and the run has "
             f"{steps} learning steps{done}. Lower unlearning_interval, or set schedule to never"
         )

@@ -17,7 +17,8 @@ from lwf_lightning.demo.report import DemoRun, draw, save_rows, verdict
 from lwf_lightning.demo.world import ASSETS
 from lwf_lightning.forgetting.planted import confidence_by_part
 
-# Learning rate and steps of each are tuned for it, see configs/studies/world_methods.yaml.
+# Learning rate and steps of each are tuned for it: configs/studies/world_methods.yaml, and of the
+# twin benchmarks/world_gap.py.
 PLAIN = [
     *("--model.init_args.schedule", "never", "--model.init_args.regularizer", "null"),
     *("--model.init_args.regularizer_options", "null"),

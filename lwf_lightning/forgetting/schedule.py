@@ -20,7 +20,7 @@ class UnlearningSchedule:
             ``ahead``: ``ahead_steps`` before the first learning step, none later (the paper's
             ablation). ``front_loaded``: ``ahead_steps`` first, then one every ``interval``
             (ours). ``random``: before each learning step with probability 1 / ``interval`` (the
-            paper's ablation). ``never``: plain fine-tuning.
+            paper's ablation). ``never``: none at all.
         interval: Learning steps between two unlearning steps (N_u), at least 1.
         ahead_steps: Unlearning steps before the first learning step, at least 1.
         seed: Seed of ``random``.

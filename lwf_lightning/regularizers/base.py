@@ -67,6 +67,10 @@ class WeightPull:
 
         Returns:
             The penalty, a scalar, at least 0, the same on every process.
+
+        Raises:
+            ValueError: If there is no base weight of a parameter, or no Fisher information where
+                it is needed.
         """
         if self.needs_fisher and fisher is None:
             raise ValueError(f"{type(self).__name__} needs the Fisher information as `fisher`")
@@ -74,6 +78,11 @@ class WeightPull:
         for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
+            if name not in base:
+                raise ValueError(
+                    f"{name} did not train when the run began, so that there is nothing to pull it "
+                    "to: set model.init_args.regularizer to null, or let it train from the start"
+                )
             held = [parameter, base[name], parameter.grad]
             if self.needs_fisher and fisher is not None:
                 held.append(fisher[name])

@@ -48,7 +48,7 @@ SETS = {
 }
 TEXTS = 64  # of each set
 STRONGER = 10.0
-ALONE = "fine-tuning alone"
+ALONE = "no unlearning"
 DIVERGED = "diverged"  # stands among the curves of a run that did
 _GUARD = "AscentGuard"
 _WATCH = "lwf_lightning.study.questions.watch.WatchUnlearning"
@@ -266,7 +266,7 @@ def draw(found: Mapping[str, Curves]) -> Figure:
         axes.grid(alpha=0.3)
         if is_loss and plain:
             first, last = plain[min(plain)], plain[max(plain)]
-            told = f"NLL, above fine-tuning alone\n(its own: {first:.2f} to {last:.2f})"
+            told = f"NLL, above no unlearning\n(its own: {first:.2f} to {last:.2f})"
             axes.set_ylabel(told, fontsize=8)
     lines, names = axes.get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=5, frameon=False)

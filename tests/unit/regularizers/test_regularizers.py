@@ -139,6 +139,13 @@ def test_a_parameter_that_the_step_does_not_move_is_left_out() -> None:
     torch.testing.assert_close(L2SP(2.0).add_gradient(parameters, base), torch.tensor(0.0))
 
 
+def test_a_parameter_that_began_to_train_later_is_named() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.zeros(2)
+    with pytest.raises(ValueError, match="head did not train when the run began"):
+        L2SP().add_gradient({"head": parameter}, {})
+
+
 def test_a_pull_in_bfloat16_is_as_exact_as_its_weights() -> None:
     base = {"w": torch.full((4096,), 1.0, dtype=torch.bfloat16)}
     parameter = torch.nn.Parameter(torch.full((4096,), 1.0078125, dtype=torch.bfloat16))

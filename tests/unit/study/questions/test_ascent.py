@@ -62,7 +62,7 @@ def test_watching_logs_losses_and_changes_nothing(
 def test_arms_differ_in_what_their_names_say() -> None:
     found = arms(CONFIG, 0.1)
     assert list(found) == [
-        "fine-tuning alone", "LWF", "LWF, no guard", "LWF x 10", "LWF x 10, no guard"
+        "no unlearning", "LWF", "LWF, no guard", "LWF x 10", "LWF x 10, no guard"
     ]  # fmt: skip
     for name, config in found.items():
         guards = [c for c in config["trainer"]["callbacks"] if "Guard" in c["class_path"]]
@@ -70,7 +70,7 @@ def test_arms_differ_in_what_their_names_say() -> None:
         assert looked_up(config, "trainer.ascent_guard") is (False if "no guard" in name else None)
         scale = looked_up(config, "model.unlearning_scale")
         assert scale == (pytest.approx(1.0) if "x 10" in name else None)
-    assert looked_up(found["fine-tuning alone"], "model.schedule") == "never"
+    assert looked_up(found["no unlearning"], "model.schedule") == "never"
     bare = {**CONFIG, "trainer": {"callbacks": CONFIG["trainer"]["callbacks"][:1]}}
     assert len(arms(bare, 0.1)["LWF"]["trainer"]["callbacks"]) == 2
 
@@ -100,7 +100,7 @@ def test_the_answer_goes_from_first_to_last() -> None:
     curves |= {f"watch/{kind}": ([0, 4], [0.5, 0.25]) for kind in ("repetition", "distinct_2")}
     curves["val/accuracy"] = ([0, 4], [0.25, 0.75])
     lwf = {**curves, "watch/chosen": ([0, 4], [1.0, 3.5]), "unlearn/steps": ([2, 4], [1.0, 2.0])}
-    answer = told({"fine-tuning alone": curves, "LWF": lwf})
+    answer = told({"no unlearning": curves, "LWF": lwf})
     assert answer.rows[1][:3] == ["LWF", "2", "1.00 to 3.50"]
     assert answer.rows[1][6] == "2.72 to 7.39"
     assert answer.rows[0][1] == "0"
