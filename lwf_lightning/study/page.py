@@ -90,21 +90,8 @@ def write_page(
         )
     if pictures.pooled is not None:
         body.append(_picture("gain over all cells", pictures.pooled))
-    if kept:
-        table = kept_table(study, kept)
-        rows = [[row[0], *(cell.replace(", ", "\n", 1) for cell in row[1:])] for row in table.rows]
-        marks = ["baseline" if row[0] == study.label(study.baseline) else "" for row in rows]
-        body += _section(
-            table.title,
-            _table(table.headings, rows, marks),
-            "As one does who wants a model and not a mean: of a number of trials, "
-            "each a setting of the method's space with a seed of its own, the one that validates "
-            "best is kept. Its figure on the test split, expected over the draws of as many from "
-            "all trials, and how much better it is than that of as many runs of the baseline, mean "
-            "over cells; the 95 % interval has the cells as its sample.",
-        )
-    if pictures.kept is not None:
-        body.append(_picture("the run that validation keeps", pictures.kept))
+    if pooled:
+        body += _of_runs(study, kept, pictures)
     if pictures.map is not None:
         body.append("<h2>where it pays</h2>" + _picture("where it pays", pictures.map))
     for cell in study.cells:
@@ -123,6 +110,8 @@ def write_page(
             f"<h3>{html.escape(table.title)}</h3>" + _table(table.headings, table.rows)
             for table in others
         ]
+    if not pooled:
+        body += _of_runs(study, kept, pictures)
     body.append(_commands(records))
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -133,6 +122,27 @@ def write_page(
     )
     with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _of_runs(study: Study, kept: Sequence[Kept], pictures: Pictures) -> list[str]:
+    """The runs that validation keeps; nothing without tuning."""
+    if not kept:
+        return []
+    table = kept_table(study, kept)
+    rows = [[row[0], *(cell.replace(", ", "\n", 1) for cell in row[1:])] for row in table.rows]
+    marks = ["baseline" if row[0] == study.label(study.baseline) else "" for row in rows]
+    note = (
+        "As one does who wants a model and not a mean: of a number of trials, each a setting of "
+        "the method's space with a seed of its own, the one that validates best is kept. Its "
+        "figure on the test split, expected over the draws of as many from all trials, and how "
+        "much better it is than that of as many runs of the baseline"
+    )
+    if len(study.cells) > 1:
+        note += ", mean over cells; the 95 % interval has the cells as its sample"
+    body = _section(table.title, _table(table.headings, rows, marks), f"{note}.")
+    if pictures.kept is not None:
+        body.append(_picture("the run that validation keeps", pictures.kept))
+    return body
 
 
 def _section(title: str, table: str, note: str) -> list[str]:

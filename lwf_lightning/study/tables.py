@@ -186,6 +186,8 @@ def markdown(
 ) -> str:
     """What is compared with what, all cells together where there are several, then each cell.
 
+    The runs that validation keeps stand behind all cells together, or behind the only one.
+
     Args:
         study: The study.
         lines: A line per cell and method.
@@ -200,9 +202,12 @@ def markdown(
     if pooled:
         table = pooled_table(study, pooled)
         parts += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
+    of_runs: list[str] = []
     if kept:
         table = kept_table(study, kept)
-        parts += [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
+        of_runs = [f"## {table.title}", "", *markdown_table(table.headings, table.rows), ""]
+    if pooled:
+        parts += of_runs
     for cell in study.cells:
         if own := [line for line in lines if line.cell == cell]:
             parts += [f"## {cell}", ""]
@@ -211,6 +216,8 @@ def markdown(
                 parts += [*markdown_table(table.headings, table.rows), ""]
                 if any(NO_SHARE in row for row in table.rows):
                     parts += [_WHY_NO_SHARE, ""]
+    if not pooled:
+        parts += of_runs
     return "\n".join(parts)
 
 

@@ -117,6 +117,23 @@ def test_of_trials_alone_it_says_what_validation_keeps(given: dict[str, Any]) ->
         assert "the run that validation keeps of as many" in (study.folder / file).read_text()
 
 
+@pytest.mark.parametrize("cells", [1, 2])
+def test_the_comparison_comes_before_the_runs_that_validation_keeps(
+    given: dict[str, Any], cells: int
+) -> None:
+    study = Study(**given | {"cells": dict(list(given["cells"].items())[:cells])})
+    while runs := missing_runs(study):  # those of the comparison follow from the trials
+        for run in runs:
+            record(study, run, 2.0)
+    told_by_a_report(study)
+    for file, mark in (("results.md", "## "), ("index.html", "<h2>")):
+        told = (study.folder / file).read_text()
+        first = f"{mark}{'a-b' if cells == 1 else 'all cells'}"
+        kept = told.index(f"{mark}the run that validation keeps")
+        assert told.index(first) < kept
+        assert (told.index(f"{mark}a-b") < kept) == (cells == 1)
+
+
 def test_a_report_names_what_is_missing(given: dict[str, Any]) -> None:
     study = Study(**given)
     trial, *others = [run for run in missing_runs(study) if run.stage == "tuning"]
