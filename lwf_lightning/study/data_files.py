@@ -18,7 +18,10 @@ _SPLITS = ("train", "validation", "test")
 
 
 def data_digests(data: LWFDataModule) -> dict[str, str]:
-    """The local files of a run's tasks and a digest of each; of tasks of the Hub there are none."""
+    """The local files of a run's tasks and a digest of each; of tasks of the Hub there are none.
+
+    Files below the current folder are named from there: records outlive a move of it.
+    """
     folders = [task.folder for task in data.tasks.values() if task.folder is not None]
     if data.source == "local" and data.data_dir is not None:
         own = [name for name, task in data.tasks.items() if task.folder is None]
@@ -26,7 +29,7 @@ def data_digests(data: LWFDataModule) -> dict[str, str]:
     files = (
         Path(folder).expanduser() / f"{split}.jsonl" for folder in folders for split in _SPLITS
     )
-    return {str(file): _digest(file) for file in files if file.is_file()}
+    return {str(_from_here(file)): _digest(file) for file in files if file.is_file()}
 
 
 def told_of_changed(records: Iterable[Record]) -> list[str]:
@@ -47,6 +50,11 @@ def told_of_changed(records: Iterable[Record]) -> list[str]:
         f"Warning: {files} changed since {len(changed)} runs were recorded, which still count: "
         f"{first_of(list(changed))}. To do them again remove their lines from results.jsonl"
     ]
+
+
+def _from_here(file: Path) -> Path:
+    here = Path.cwd()
+    return file.relative_to(here) if file.is_relative_to(here) else file
 
 
 def _digest(file: Path) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from lwf_lightning.study.data_files import data_digests, told_of_changed
 from lwf_lightning.tasks import TaskFields
 
@@ -30,3 +32,15 @@ def test_records_whose_data_were_changed_are_named(make_data, data_folder, tmp_p
 
 def test_a_task_of_the_hub_has_no_files(make_data) -> None:
     assert data_digests(make_data(source="hub")) == {}
+
+
+def test_files_below_the_current_folder_are_named_from_there(
+    make_data, data_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(data_folder, tmp_path / "mine"))
+    found = data_digests(make_data(data_dir=str(Path.cwd())))
+    assert "learn/train.jsonl" in found
+    assert not any(Path(name).is_absolute() for name in found)
+    assert told_of_changed([{"run": "a", "data": found}]) == []
+    Path("learn/train.jsonl").write_text("")
+    assert "learn/train.jsonl changed" in told_of_changed([{"run": "a", "data": found}])[0]
