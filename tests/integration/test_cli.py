@@ -158,7 +158,7 @@ def test_score_writes_what_a_person_can_read(
     confidences = [row["confidence"] for row in rows]
     assert confidences == sorted(confidences, reverse=True)
     chosen = sum(row["selected"] for row in rows)
-    assert chosen == -(-len(rows) // 4)
+    assert chosen == -(-len(rows) // 8)
     assert all(row["selected"] for row in rows[:chosen])
 
 

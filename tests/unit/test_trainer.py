@@ -38,7 +38,7 @@ def test_a_finished_runs_checkpoint_is_scored_anew(
     run = make_trainer(callbacks=[make_callback()], limit_train_batches=2, **limit)
     run.fit(make_module(schedule=schedule), make_data())
     few, all_of_them = score("few.jsonl"), score("all.jsonl", forgetting_rate=1.0)
-    assert sum(row["selected"] for row in few) == -(-len(few) // 4)
+    assert sum(row["selected"] for row in few) == -(-len(few) // 8)
     assert all(row["selected"] for row in all_of_them)
     assert [row["confidence"] for row in few] == [row["confidence"] for row in all_of_them]
 
