@@ -11,8 +11,7 @@ every 200 of them a refresh over 64 learning texts (Fisher) and 256 texts of sel
 
 What LWF costs is 1 and what it adds to the learning steps, the pull to the base weights among it.
 The steps without it are the same in both runs: timed by themselves they differ by a tenth, since a
-refresh has warmed the process up before. The runs
-take turns in being first.
+refresh has warmed the process up before. The runs take turns in being first.
 
 A share of an interval, ``--parts 5``, takes a fifth of its steps and texts. What each step or text
 takes is then counted five times, and once what a refresh takes whatever its texts: saving Fisher

@@ -69,6 +69,11 @@ def matrix_shape(tensor: Tensor) -> tuple[int, int]:
     return rows, tensor.numel() // max(1, rows)
 
 
+def block_elements(tensor: Tensor) -> int:
+    """Most elements of a block on the tensor's device."""
+    return BLOCK_ELEMENTS.get(tensor.device.type, BLOCK_ELEMENTS["cuda"])
+
+
 def row_slices(parameter: Tensor, texts: int, workers: int = 1) -> list[slice]:
     """Cuts a parameter into runs of rows that hold at most ``BLOCK_ELEMENTS`` over all texts.
 
@@ -80,7 +85,7 @@ def row_slices(parameter: Tensor, texts: int, workers: int = 1) -> list[slice]:
         workers: How many share the runs: each gets as many as any other, but fewer of them get any
             where there is little to do.
     """
-    elements = BLOCK_ELEMENTS.get(parameter.device.type, BLOCK_ELEMENTS["cuda"])
+    elements = block_elements(parameter)
     rows, columns = matrix_shape(parameter)
     most = max(1, elements // max(1, texts * columns))
     workers = min(workers, math.ceil(4 * rows / most))

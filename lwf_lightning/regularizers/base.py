@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lwf_lightning.forgetting.gradient_sinks import BLOCK_ELEMENTS
+from lwf_lightning.forgetting.gradient_sinks import block_elements
 from lwf_lightning.shards import local, ranks_of_shards
 
 
@@ -104,11 +104,13 @@ def check_strength(strength: float) -> float:
 
 
 def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of tensors of one shape, few enough to stay in cache: views of them."""
-    elements = BLOCK_ELEMENTS.get(tensors[0].device.type, BLOCK_ELEMENTS["cuda"])
+    """The same rows of tensors of one shape, few enough to stay in cache: views of them.
+
+    Split as they are and not as matrices, which of a gradient that is not contiguous are copies.
+    """
     tensors = [tensor if tensor.ndim else tensor.reshape(1) for tensor in tensors]
-    rows, numbers = len(tensors[0]), tensors[0].numel()
-    most = max(1, elements * rows // max(1, numbers))
+    first = tensors[0]
+    most = max(1, block_elements(first) * len(first) // max(1, first.numel()))
     return zip(*(torch.split(tensor, most) for tensor in tensors), strict=True)
 
 
